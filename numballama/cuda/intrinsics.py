@@ -29,6 +29,7 @@ from .lowering import (  # fmt: skip
     call_asm,
     compiling_for,
     element_pointer,
+    instruction,
     is_memory,
     saturated_to_16,
 )
@@ -373,6 +374,10 @@ def ld_shared_v4_f32(typingctx, where):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, parts)
 
     return types.UniTuple(types.float32, 4)(types.int64), codegen
+
+
+st_shared_u32 = instruction("st.shared.u32 [$0], $1;", "rr")
+"""st_shared_u32(address, word)"""
 
 
 @intrinsic

@@ -112,7 +112,13 @@ class Emulated:
                 for a in launch.arguments.values()
             ]
             counts = run(
-                program, self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes, launch.cluster
+                program,
+                self.memory,
+                launch.grid,
+                launch.threads,
+                arguments,
+                launch.shared_bytes,
+                max(1, launch.cluster),
             )
             self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 

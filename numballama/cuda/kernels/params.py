@@ -57,8 +57,6 @@ SKINNY_FUSED_UNITS = 2
 """Up to this number of units each block rounds its part of X itself."""
 SKINNY_SLICE_COLUMNS = 1024
 """Most columns of a slice: a lane rounds up to 32 of them."""
-SKINNY_ROUND_LONG_THREADS = 128
-"""Threads that round a longer slice."""
 SKINNY_UNIT = 256
 """Sums of a unit of 8 tokens, as float32."""
 SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS

@@ -145,41 +145,38 @@ def skinny_round_kernel(
 
 
 @cuda.jit
-def skinny_round_long_kernel(
+def wide_round_kernel(
     tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
 ):
-    """The same for slices that a warp's registers do not hold: a slice of a row per block, which reads it twice.
+    """The same for longer slices: a slice of a row per block, whose threads have two pieces each.
 
     blockIdx.x counts tokens, blockIdx.y slices.
     """
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     scratch, found = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
-    t, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    t, i, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     griddepcontrol_wait()
     if t >= tokens[0]:
         return
     first, row_pieces, start = cuda.blockIdx.y * slice_columns, slice_columns >> 3, t * columns
-    total, largest, i = np.float32(0), np.int32(0), thread
-    while i < row_pieces:
-        piece = piece_of(x, start, norm, normed, first + 8 * i, True, columns)
-        more, _, bits = normed_piece(piece, normed)
-        total, largest = total + more, max(largest, bits)
-        i += threads
-    largest = largest_of_warp(largest)
-    if thread & 31 == 0:
-        found[thread >> 5] = largest
-    total = block_sum(total, scratch)  # all threads have met
+    piece0 = piece_of(x, start, norm, normed, first + 8 * i, i < row_pieces, columns)
+    piece1 = piece_of(x, start, norm, normed, first + 8 * (i + threads), i + threads < row_pieces, columns)
+    squares0, v0, largest0 = normed_piece(piece0, normed)
+    squares1, v1, largest1 = normed_piece(piece1, normed)
+    largest = largest_of_warp(max(largest0, largest1))
+    if i & 31 == 0:
+        found[i >> 5] = largest
+    total = block_sum(squares0 + squares1, scratch)  # all threads have met
     for warp in range(threads >> 5):
         largest = max(largest, found[warp])
     up, down = scales_for(largest)
-    if thread == 0:
+    if i == 0:
         scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
-    at, left, i = t * padded + first, padded - first, thread
-    while i < row_pieces:
-        piece = piece_of(x, start, norm, normed, first + 8 * i, True, columns)
-        _, v, _ = normed_piece(piece, normed)
-        put_words(rounded, at + 8 * i, left - 8 * i, rounded_piece(rounded, v, up, pieces), True)
-        i += threads
+    at, left = t * padded + first + 8 * i, padded - first - 8 * i
+    put_words(rounded, at, left, rounded_piece(rounded, v0, up, pieces), i < row_pieces)
+    put_words(
+        rounded, at + 8 * threads, left - 8 * threads, rounded_piece(rounded, v1, up, pieces), i + threads < row_pieces
+    )  # fmt: skip
 
 
 @device

@@ -28,11 +28,15 @@ from ..barriers import barrier_sync, mbarrier_arrive, mbarrier_init, mbarrier_wa
 from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, mbarrier_arrive_at
 from ..intrinsics import (
     address,
+    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    ld_shared_v2_u32,
     ld_shared_v4_f32,
     no_unroll,
     shared_address,
+    st_shared_u32,
+    uint_as_float,
 )
 from ..quant_traits import has_scales, scale_bytes
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
@@ -41,7 +45,7 @@ from .common import device, launch_bounds
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_ROWS as ROWS
-from .skinny_sum import add_slice, finish_unit, norm_factor, old_row
+from .skinny_sum import add4, finish_unit, norm_factor, old_row, times
 from .wgmma_loads import ROW_BYTES, next_slot, section_of
 from .wide_loads import load_boxes, load_slices
 
@@ -61,7 +65,8 @@ def make_ring(width, stages, resident_steps, quantised, rank, slices):
     stage = ROWS * ROW_BYTES + (0 if resident_steps > 0 else x_bytes)
     full = ring_at + stages * stage
     x_full = full + 16 * stages
-    received, may_send, sums_at = x_full + 8, x_full + 16, x_full + 32
+    received, may_send, factors_at = x_full + 8, x_full + 16, x_full + 32
+    sums_at = factors_at + 4 * slices * width
     owned = div_u32(GROUPS * (width >> 3) + slices - 1 - rank, slices)
     if cuda.threadIdx.x == 0:
         i = 0
@@ -79,53 +84,81 @@ def make_ring(width, stages, resident_steps, quantised, rank, slices):
     barrier_cluster_wait()
     w_at = 0 if resident_steps > 0 else x_bytes
     return (ring_at, stage, stages, full, full + 8 * stages, w_at), (base, x_bytes, x_full), (
-        sums_at, received, may_send, owned
+        sums_at, factors_at, received, may_send, owned
     )  # fmt: skip
 
 
 @device
-def load_part(at, s, slices, scales, squares, token, last, capacity):
-    """A slice's part of a unit, as `skinny_sum.load_slice` returns it."""
-    s = min(s, slices - 1)
-    where, a, b = at + s * UNIT_BYTES, s * capacity + token, s * capacity + last
-    upper, lower = ld_shared_v4_f32(where), ld_shared_v4_f32(where + (UNIT_BYTES >> 1))
-    return upper, lower, scales[a], scales[b], squares[a], squares[b]
+def put_factors(at, of_x, slices, width, first_token, tokens):
+    """Write for each slice and token what its sums are to be multiplied by: the factors of rounding and of the norm."""
+    scales, squares, capacity, normed, eps, columns = of_x
+    n = np.int64(cuda.threadIdx.x)
+    if n < width:
+        t, total, s = min(first_token + n, tokens - 1), np.float32(0), 0
+        while s < slices:
+            no_unroll()
+            total += squares[s * capacity + t]
+            s += 1
+        factor, s = norm_factor(total, normed, columns, eps), 0
+        while s < slices:
+            no_unroll()
+            st_shared_u32(at + 4 * (s * width + n), float_as_uint(scales[s * capacity + t] * factor))
+            s += 1
 
 
 @device
-def finish_part(at, part, tile, first_token, tokens, slices, of_x, paired, sections, heights, residual, added, outs):
-    """Add up a unit's sums of all slices and write the results."""
-    scales, squares, capacity, normed, eps, columns = of_x
+def place_of_part(part, tile, first_token, tokens, paired, sections, heights):
+    """Where this lane's part of a unit's results belongs: (number of the weight, its rows, first row, first of two
+    tokens, how many of them exist or less).
+    """
     section, inside = section_of(tile, sections[0], sections[1])
-    height, out = heights[0], outs[0]
-    if section == 1:
-        height, out = heights[1], outs[1]
-    elif section == 2:
-        height, out = heights[1], outs[2]
     lane = cuda.threadIdx.x & 31
     token = first_token + 8 * (part >> 2) + 2 * (lane & 3)
-    here, row = tokens - token, ((inside * GROUPS + (part & 3)) << (4 if paired else 5)) + (lane >> 2)
-    olds = (
+    row = ((inside * GROUPS + (part & 3)) << (4 if paired else 5)) + (lane >> 2)
+    return section, heights[0] if section == 0 else heights[1], row, token, tokens - token
+
+
+@device
+def old_rows(place, residual, added):
+    """The residuals of this lane's part of a unit."""
+    _, height, row, token, here = place
+    return (
         old_row(row, token, here, height, residual, added), old_row(row + 8, token, here, height, residual, added),
         old_row(row + 16, token, here, height, residual, added),
         old_row(row + 24, token, here, height, residual, added),
     )  # fmt: skip
-    a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
+
+
+@device
+def add_part(sums, here, at, factors_at):
+    """`sums`, plus a slice's part of them times its factors if it is `here`."""
+    upper, lower = sums
+    first, second = ld_shared_v2_u32(factors_at)
+    scale, scale2 = uint_as_float(first), uint_as_float(second)
+    a, b = ld_shared_v4_f32(at), ld_shared_v4_f32(at + (UNIT_BYTES >> 1))
+    if here:
+        upper, lower = add4(upper, times(a, scale, scale2)), add4(lower, times(b, scale, scale2))
+    return upper, lower
+
+
+@device
+def finish_part(at, factors_at, width, slices, place, olds, paired, outs):
+    """Add up a unit's sums of all slices and write the results."""
+    section, height, row, token, here = place
     zero = np.float32(0)
-    sums = (zero, zero, zero, zero), (zero, zero, zero, zero), zero, zero
-    for s in range(0, slices, 4):
+    sums, last = ((zero, zero, zero, zero), (zero, zero, zero, zero)), slices - 1
+    for s in range(0, slices, 2):
         no_unroll()
-        first = load_part(at, s, slices, scales, squares, a, b, capacity)
-        second = load_part(at, s + 1, slices, scales, squares, a, b, capacity)
-        third = load_part(at, s + 2, slices, scales, squares, a, b, capacity)
-        fourth = load_part(at, s + 3, slices, scales, squares, a, b, capacity)
-        sums = add_slice(sums, True, first)
-        sums = add_slice(sums, s + 1 < slices, second)
-        sums = add_slice(sums, s + 2 < slices, third)
-        sums = add_slice(sums, s + 3 < slices, fourth)
-    upper, lower, square, square2 = sums
-    factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
-    finish_unit(paired, row, token, here, factors, upper, lower, olds, height, 0, (out, out, out))
+        second = min(s + 1, last)
+        sums = add_part(sums, True, at + s * UNIT_BYTES, factors_at + 4 * s * width)
+        sums = add_part(sums, s < last, at + second * UNIT_BYTES, factors_at + 4 * second * width)
+    out = outs[0]
+    if section == 1:
+        out = outs[1]
+    elif section == 2:
+        out = outs[2]
+    one = np.float32(1)
+    finish_unit(paired, row, token, here, (one, one), sums[0], sums[1], olds, height, 0, (out, out, out))
 
 
 @device
@@ -134,8 +167,8 @@ def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tile
     """What the two warpgroups do that multiply."""
     base, stage, stages, full, empty, w_at = ring
     x_at, x_bytes, x_full = held
-    sums_at, received, may_send, owned = exchange
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    sums_at, factors_at, received, may_send, owned = exchange
+    lane, warp, width = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, 2 * len(zeros)
     a = DESCRIPTOR + ((base + w_at + (warp >> 2) * 64 * ROW_BYTES) >> 4)
     b = DESCRIPTOR + ((x_at if resident else base) >> 4)
     # a unit's upper 16 rows are a warp's, its lower ones another's: rows of up, if it has a gate
@@ -143,6 +176,8 @@ def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tile
     to = sums_at + rank * UNIT_BYTES + lower * (UNIT_BYTES >> 1) + 16 * lane
     tile, slot, parity, before, phase = cuda.blockIdx.x, 0, 0, 0, 0
     griddepcontrol_wait()
+    put_factors(factors_at, of_x, slices, width, first_token, tokens)
+    barrier_sync(1, CONSUMERS)
     if resident:
         mbarrier_wait(x_full, 0)
     while tile < tiles:
@@ -166,13 +201,19 @@ def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tile
         if cuda.threadIdx.x == 0:
             mbarrier_expect_tx(received, owned * slices * UNIT_BYTES)
         st_async_units(sums, to, received, group, slices)
-        mbarrier_wait(received, phase)
         mine = warp
+        place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
+        olds = old_rows(place, residual, added)  # on their way while the sums are
+        mbarrier_wait(received, phase)
         while mine < owned:
             no_unroll()
-            finish_part(sums_at + mine * slices * UNIT_BYTES + 16 * lane, mine * slices + rank, tile, first_token,
-                        tokens, slices, of_x, paired, sections, heights, residual, added, outs)  # fmt: skip
+            of_part = factors_at + 4 * (place[3] - first_token)
+            finish_part(sums_at + mine * slices * UNIT_BYTES + 16 * lane, of_part, width, slices, place, olds, paired,
+                        outs)  # fmt: skip
             mine += CONSUMERS // 32
+            if mine < owned:
+                place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
+                olds = old_rows(place, residual, added)
         barrier_sync(1, CONSUMERS)
         if cuda.threadIdx.x < slices:
             mbarrier_arrive_at(may_send, cuda.threadIdx.x)

@@ -17,7 +17,6 @@ from ...registry import KernelRef
 from ..kernels.params import (
     SKINNY_FUSED_UNITS,
     SKINNY_PLANE_BYTES,
-    SKINNY_ROUND_LONG_THREADS,
     SKINNY_ROWS,
     SKINNY_SLICE_COLUMNS,
     SKINNY_STEP_BYTES,
@@ -36,7 +35,7 @@ SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (
 """Units of 8 tokens of a block → the kernel for them."""
 
 ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
-ROUND_LONG = KernelRef(f"{KERNELS}_x", "skinny_round_long_kernel")
+WIDE_ROUND = KernelRef(f"{KERNELS}_x", "wide_round_kernel")
 SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 
 MOST = 128
@@ -133,7 +132,7 @@ def _launch(
         rounded = workspace.allocate((tokens, _padded(columns)), _operand_type(first))
         of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
         return [
-            _round(ctx, x, norm, first, rounded, scales, squares, by_wgmma.slice_columns),
+            _round(ctx, x, norm, first, rounded, scales, squares, by_wgmma.slice_columns, True),
             wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma),
         ]
     payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
@@ -183,17 +182,20 @@ def _of_slices(workspace: _Workspace, slices: int, tokens: int) -> tuple[Array, 
 
 def _round(
     ctx: LaunchContext, x: Array, norm: Array | None, weight: Matrix, rounded: Array, scales: Array, squares: Array,
-    slice_columns: int,
+    slice_columns: int, by_blocks: bool = False,
 ) -> Launch:  # fmt: skip
-    """The launch that rounds X to 16 bits, slice by slice, in the order of columns that the weight's type wants."""
+    """The launch that rounds X to 16 bits, slice by slice, in the order of columns that the weight's type wants.
+
+    `by_blocks`: a block has a slice, which may be longer than a warp can hold.
+    """
     slices, tokens = scales.shape
     arguments = named(
         tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), rounded=rounded, padded=rounded.shape[1],
         scales=scales, squares=squares, capacity=tokens, columns=x.shape[1], slice_columns=slice_columns,
         pieces=step_columns(weight.payload.dtype) // 32,
     )  # fmt: skip
-    if slice_columns > SKINNY_SLICE_COLUMNS:
-        return Launch(ROUND_LONG, (tokens, slices), SKINNY_ROUND_LONG_THREADS, arguments)
+    if by_blocks:
+        return Launch(WIDE_ROUND, (tokens, slices), round_up(ceil_div(slice_columns, 16), 32), arguments)
     return Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), slices), SKINNY_THREADS, arguments)
 
 

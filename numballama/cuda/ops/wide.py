@@ -83,7 +83,7 @@ def launch(
     width, first, slices = width_for(rounded.shape[0]), w[0], division.slices
     row_tiles, kv_tiles = tiles_of(rows, kv_rows, paired)
     parts = ceil_div(WIDE_ROWS // 32 * (width // 8), slices) * slices
-    fixed = 1024 + 32 + 4 * SKINNY_UNIT * parts
+    fixed = 1024 + 32 + 4 * SKINNY_UNIT * parts + 4 * slices * width
     x_bytes, w_bytes = width * COLUMN_BYTES, WIDE_ROWS * COLUMN_BYTES
     resident = 0 if first.quantized else division.slice_steps * x_bytes
     if resident > ctx.shared_limit - fixed - RESIDENT_STAGES * (w_bytes + 16):
