@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -111,9 +112,14 @@ def wide_cases() -> list[Case]:
 
 
 def few_sms(machine: Any, check: Callable[..., float], *arguments: Any, **named: Any) -> float:
-    """A check on a device with two clusters at most."""
+    """A check on a device of four multiprocessors, which one cluster takes."""
     machine.ctx = replace(machine.ctx, n_sms=4)
-    return check(machine, *arguments, **named)
+
+    def divide(tiles: int, columns: int, n_sms: int) -> wide.Division:
+        return wide.Division(each := -(-columns // 64 // 4), -(-columns // 64 // each))
+
+    with mock.patch.object(wide, "divide", divide):
+        return check(machine, *arguments, **named)
 
 
 def small_wide_cases() -> list[Case]:

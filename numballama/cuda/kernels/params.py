@@ -70,8 +70,6 @@ WIDE_CONSUMERS, WIDE_LOADERS = 256, 256
 """Threads of a block that multiply; threads that load weights which must be decoded. Of other weights it is a warp."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
-WIDE_SLICES = 8
-"""Most blocks that divide K: those of a cluster that every device with clusters has."""
 
 # Linear layers for many tokens by wgmma (`wgmma_gemm`)
 

@@ -5,8 +5,8 @@ leaves it. W is A of wgmma and X is B, so that all tokens of a run are one produ
 
 - Up to eight blocks, a cluster, have a slice of K each. A cluster computes tiles of 128 rows of W, one after the other;
   there is one block a multiprocessor. Two warpgroups multiply, 64 rows each. Other threads fill a ring in shared memory
-  (`wide_loads`), 64 columns of W at a time, from one tile to the next; the first before the kernel waits for its
-  predecessor. A block's slice of X stays in shared memory where there is room; else it comes with W.
+  (`wide_loads`), 64 columns of W and X at a time, from one tile to the next; the first of W before the kernel waits for
+  its predecessor.
 - At the end of a tile each block sends the sums of a unit, of 32 rows and 8 tokens, to the block that finishes it, into
   its shared memory, and that adds them up in the order of the slices. The ring fills meanwhile.
 - Two mbarriers keep the blocks together: `received` counts the bytes that came, `may_send` the blocks that have read
@@ -55,17 +55,14 @@ GROUPS = ROWS // 32
 
 
 @device
-def make_ring(width, stages, resident_steps, quantised, rank, slices):
-    """The parts of a block's shared memory: (the ring, what X needs, what the exchange of sums needs). Its mbarriers
-    are ready for all threads of the cluster.
+def make_shared(width, stages, quantised, rank, slices):
+    """The parts of a block's shared memory: (the ring, what the exchange of sums needs). The mbarriers are ready for
+    all threads of the cluster.
     """
-    x_bytes = width * ROW_BYTES
     base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
-    ring_at = base + resident_steps * x_bytes
-    stage = ROWS * ROW_BYTES + (0 if resident_steps > 0 else x_bytes)
-    full = ring_at + stages * stage
-    x_full = full + 16 * stages
-    received, may_send, factors_at = x_full + 8, x_full + 16, x_full + 32
+    stage = (width + ROWS) * ROW_BYTES
+    full = base + stages * stage
+    received, may_send, factors_at = full + 16 * stages, full + 16 * stages + 8, full + 16 * stages + 16
     sums_at = factors_at + 4 * slices * width
     owned = div_u32(GROUPS * (width >> 3) + slices - 1 - rank, slices)
     if cuda.threadIdx.x == 0:
@@ -75,17 +72,14 @@ def make_ring(width, stages, resident_steps, quantised, rank, slices):
             mbarrier_init(full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1)
             mbarrier_init(full + 8 * (stages + i), CONSUMERS // 32)
             i += 1
-        mbarrier_init(x_full, 1)
         mbarrier_init(received, 1)
         mbarrier_init(may_send, slices)
         fence_mbarrier_init()
     cuda.syncthreads()
     barrier_cluster_arrive()
     barrier_cluster_wait()
-    w_at = 0 if resident_steps > 0 else x_bytes
-    return (ring_at, stage, stages, full, full + 8 * stages, w_at), (base, x_bytes, x_full), (
-        sums_at, factors_at, received, may_send, owned
-    )  # fmt: skip
+    ring = base, stage, stages, full, full + 8 * stages, width * ROW_BYTES
+    return ring, (sums_at, factors_at, received, may_send, owned)
 
 
 @device
@@ -162,15 +156,13 @@ def finish_part(at, factors_at, width, slices, place, olds, paired, outs):
 
 
 @device
-def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
+def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
              sections, heights, residual, added, outs):  # fmt: skip
     """What the two warpgroups do that multiply."""
-    base, stage, stages, full, empty, w_at = ring
-    x_at, x_bytes, x_full = held
+    base, stage, stages, full, empty, x_bytes = ring
     sums_at, factors_at, received, may_send, owned = exchange
     lane, warp, width = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, 2 * len(zeros)
-    a = DESCRIPTOR + ((base + w_at + (warp >> 2) * 64 * ROW_BYTES) >> 4)
-    b = DESCRIPTOR + ((x_at if resident else base) >> 4)
+    a, b = DESCRIPTOR + ((base + x_bytes + (warp >> 2) * 64 * ROW_BYTES) >> 4), DESCRIPTOR + (base >> 4)
     # a unit's upper 16 rows are a warp's, its lower ones another's: rows of up, if it has a gate
     group, lower = (warp & 3, warp >> 2) if paired else (warp >> 1, warp & 1)
     to = sums_at + rank * UNIT_BYTES + lower * (UNIT_BYTES >> 1) + 16 * lane
@@ -178,16 +170,13 @@ def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tile
     griddepcontrol_wait()
     put_factors(factors_at, of_x, slices, width, first_token, tokens)
     barrier_sync(1, CONSUMERS)
-    if resident:
-        mbarrier_wait(x_full, 0)
     while tile < tiles:
         no_unroll()
         sums, k = zeros, 0
         while k < steps:
             no_unroll()
             mbarrier_wait(full + 8 * slot, parity)
-            x_from = k * x_bytes if resident else slot * stage
-            sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + (x_from >> 4))
+            sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + slot * (stage >> 4))
             if k > 0 and lane == 0:  # the products before have ended
                 mbarrier_arrive(empty + 8 * before)
             before = slot
@@ -225,7 +214,7 @@ def multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tile
 @device
 def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, weights, maps, stride, scales,
          scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, outs, steps_here, row_steps,
-         stages, resident, bias):  # fmt: skip
+         stages, bias):  # fmt: skip
     """The body of the kernels here: blockIdx.x counts clusters, blockIdx.y tiles of tokens, blockIdx.z slices of K."""
     width = 2 * len(zeros)
     first_token = cuda.blockIdx.y * width
@@ -235,43 +224,43 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
     s0, s1, s2 = scales
     griddepcontrol_launch_dependents()
     rank, slices = cuda.blockIdx.z, cuda.gridDim.z
-    ring, held, exchange = make_ring(width, stages, steps_here if resident else 0, has_scales(w0), rank, slices)
+    ring, exchange = make_shared(width, stages, has_scales(w0), rank, slices)
     first = rank * steps_here
     steps = min(steps_here, row_steps - first)
     sections, tiles = (row_tiles, kv_tiles), row_tiles + 2 * kv_tiles
     if cuda.threadIdx.x < CONSUMERS:
         of_x = x_scales, squares, capacity, normed, eps, columns
-        multiply(zeros, ring, held, exchange, x, resident, steps, rank, slices, tiles, first_token, tokens[0], of_x,
+        multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens[0], of_x,
                  paired, sections, (rows, kv_rows), residual, added, outs)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
-        load_slices(tiles, ring, held, x_map, first_token, w0, s0, bases, strides, shift, paired, sections,
+        load_slices(tiles, ring, x_map, first_token, w0, s0, bases, strides, shift, paired, sections,
                     (rows, rows, kv_rows), first, first + steps, bias)  # fmt: skip
     elif cuda.threadIdx.x == CONSUMERS:
-        load_boxes(tiles, ring, held, x_map, first_token, maps, paired, sections, first, steps, resident)
+        load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, steps)
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wide_64_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2, stride,
                    s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, q, k,
-                   v, steps, row_steps, stages, resident, bias):  # fmt: skip
+                   v, steps, row_steps, stages, bias):  # fmt: skip
     """x · Wᵀ of up to 64 tokens, finished as by `skinny_sum_kernel`."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added,
-         (q, k, v), steps, row_steps, stages, resident, bias)  # fmt: skip
+         (q, k, v), steps, row_steps, stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wide_128_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2, stride,
                     s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, q, k,
-                    v, steps, row_steps, stages, resident, bias):  # fmt: skip
+                    v, steps, row_steps, stages, bias):  # fmt: skip
     """x · Wᵀ of up to 128 tokens, finished as by `skinny_sum_kernel`."""
     wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added,
-         (q, k, v), steps, row_steps, stages, resident, bias)  # fmt: skip
+         (q, k, v), steps, row_steps, stages, bias)  # fmt: skip
 
 
 assert GROUPS == 4, "`part` counts the groups of a unit's tokens"

@@ -1,6 +1,6 @@
 """Loading for `wide`: how a slice of K of W, tile after tile, and of X come to a block's shared memory.
 
-A stage of the ring is a tile of X, where a block does not keep its whole slice of X, and then one of W.
+A stage of the ring is a tile of X and then one of W, as in `wgmma_loads`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from .wgmma_loads import fetch_weights, next_slot, place_of, put_two, row_addres
 
 
 @device
-def load_boxes(tiles, ring, held, x_map, first_token, maps, paired, sections, first, steps, resident):
+def load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, steps):
     """What the one thread does that loads weights in 16 bits. The first ones come before the wait."""
-    base, stage, stages, full, empty, w_at = ring
-    x_at, x_bytes, x_full = held
+    base, stage, stages, full, empty, x_bytes = ring
     row_tiles, kv_tiles = sections
     tile, slot, parity, k = cuda.blockIdx.x, 0, 0, 0
     early = min(stages, steps)
@@ -34,17 +33,10 @@ def load_boxes(tiles, ring, held, x_map, first_token, maps, paired, sections, fi
     while k < early:
         no_unroll()
         mbarrier_expect_tx(full + 8 * k, stage)
-        fetch_weights(base + k * stage + w_at, maps, paired, tile, row_tiles, kv_tiles, ROWS, (first + k) * STEP,
+        fetch_weights(base + k * stage + x_bytes, maps, paired, tile, row_tiles, kv_tiles, ROWS, (first + k) * STEP,
                       full + 8 * k)  # fmt: skip
         k += 1
     griddepcontrol_wait()
-    if resident:
-        mbarrier_expect_tx(x_full, steps * x_bytes)
-        k = 0
-        while k < steps:
-            no_unroll()
-            copy_box(x_at + k * x_bytes, x_map, (first + k) * STEP, first_token, x_full)
-            k += 1
     while tile < tiles:
         no_unroll()
         k = 0
@@ -54,18 +46,17 @@ def load_boxes(tiles, ring, held, x_map, first_token, maps, paired, sections, fi
             if early == 0:
                 mbarrier_wait(empty + 8 * slot, parity ^ 1)
                 mbarrier_expect_tx(ready, stage)
-                fetch_weights(to + w_at, maps, paired, tile, row_tiles, kv_tiles, ROWS, column, ready)
+                fetch_weights(to + x_bytes, maps, paired, tile, row_tiles, kv_tiles, ROWS, column, ready)
             else:
                 early -= 1
-            if not resident:
-                copy_box(to, x_map, column, first_token, ready)
+            copy_box(to, x_map, column, first_token, ready)
             slot, parity = next_slot(slot, parity, stages)
             k += 1
         tile += cuda.gridDim.x
 
 
 @device
-def load_slices(tiles, ring, held, x_map, first_token, weight, scales, bases, strides, shift, paired, sections, sizes,
+def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides, shift, paired, sections, sizes,
                 first, end, bias):  # fmt: skip
     """What two warpgroups do that load quantised weights, as `wgmma_loads.load_blocks`: steps `first` to `end` of each
     tile.

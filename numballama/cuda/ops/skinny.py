@@ -125,7 +125,7 @@ def _launch(
     w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
     of_norm = named(normed=int(norm is not None), eps=eps, columns=columns)
     of_results = named(residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2])
-    if wide.wanted(ctx, tokens, first.payload.dtype):
+    if wide.wanted(ctx, tokens, first.payload.dtype, columns):
         row_tiles, kv_tiles = wide.tiles_of(rows, kv_rows, paired)
         by_wgmma = wide.divide(row_tiles + 2 * kv_tiles, columns, ctx.n_sms)
         scales, squares = _of_slices(workspace, by_wgmma.slices, tokens)
@@ -279,9 +279,7 @@ def workspace_shape(
             groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
             division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
             units = round_up(tokens, 8 * _units(tokens)) // 8
-            row_tiles, kv_tiles = wide.tiles_of(some[0], some[1] if len(some) > 1 else 0, paired)
-            by_wgmma = wide.divide(row_tiles + 2 * kv_tiles, columns, workers)  # whatever the device has
-            slices = max(division.slices, by_wgmma.slices)
+            slices = max(division.slices, max(wide.FIT))  # whatever the device has
             sums.append(2 * round_up(4 * slices * tokens, 64) + 4 * _partial_floats(division, units))
         sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32

@@ -13,7 +13,6 @@ from ..kernels.params import (
     WIDE_CONSUMERS,
     WIDE_LOADERS,
     WIDE_ROWS,
-    WIDE_SLICES,
     WIDE_STEP_COLUMNS,
     WIDE_WIDTHS,
 )
@@ -25,10 +24,13 @@ LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, 
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
 """Up to this number of tokens they are faster than `wgmma_gemm`."""
-END_STEPS = 1
-"""What the end of a tile costs, in steps: the ring fills meanwhile."""
-MOST_STAGES, RESIDENT_STAGES = 16, 6
-"""Stages of a ring that are enough; with fewer than these a slice of X does not stay in shared memory."""
+MOST_STEPS = 2 * 8 * 1024 // WIDE_STEP_COLUMNS
+"""Steps of the longest slice: a thread rounds two pieces of 8 columns of it."""
+MOST_COLUMNS = 8 * MOST_STEPS * WIDE_STEP_COLUMNS
+TILE_STEPS, SLICE_STEPS = 1.5, 2
+"""What the end of a tile costs, and each slice, in steps of 64 columns."""
+FIT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 8: 15}
+"""Blocks of a cluster → clusters that run at once on an H200, of 132 multiprocessors in groups of unequal sizes."""
 COLUMN_BYTES = 2 * WIDE_STEP_COLUMNS
 
 
@@ -45,9 +47,9 @@ class Division:
         return self.slice_steps * WIDE_STEP_COLUMNS
 
 
-def wanted(ctx: LaunchContext, tokens: int, payload: str) -> bool:
+def wanted(ctx: LaunchContext, tokens: int, payload: str, columns: int) -> bool:
     """Whether the device has wgmma, and it is the faster way for so many tokens and this type of weight."""
-    return ctx.wgmma and LEAST.get(payload, MOST + 1) <= tokens <= MOST
+    return ctx.wgmma and LEAST.get(payload, MOST + 1) <= tokens <= MOST and columns <= MOST_COLUMNS
 
 
 def width_for(tokens: int) -> int:
@@ -64,12 +66,12 @@ def tiles_of(rows: int, kv_rows: int, paired: bool) -> tuple[int, int]:
 def divide(tiles: int, columns: int, n_sms: int) -> Division:
     """The division of K for which all clusters end first."""
     steps, candidates = ceil_div(columns, WIDE_STEP_COLUMNS), []
-    for wanted in range(1, min(WIDE_SLICES, steps, n_sms) + 1):
+    for wanted, fit in FIT.items():
         each = ceil_div(steps, wanted)
-        division = Division(each, ceil_div(steps, each))
-        rounds = ceil_div(tiles, n_sms // division.slices)
-        candidates.append((rounds * (each + END_STEPS), -division.slices, division))
-    return min(candidates, key=lambda found: found[:2])[2]
+        rounds = ceil_div(tiles, max(1, fit * n_sms // FIT[1]))
+        if ceil_div(steps, each) == wanted <= n_sms and each <= MOST_STEPS:
+            candidates.append((rounds * (each + TILE_STEPS) + SLICE_STEPS * wanted, Division(each, wanted)))
+    return min(candidates, key=lambda found: found[0])[1]
 
 
 def launch(
@@ -83,13 +85,8 @@ def launch(
     width, first, slices = width_for(rounded.shape[0]), w[0], division.slices
     row_tiles, kv_tiles = tiles_of(rows, kv_rows, paired)
     parts = ceil_div(WIDE_ROWS // 32 * (width // 8), slices) * slices
-    fixed = 1024 + 32 + 4 * SKINNY_UNIT * parts + 4 * slices * width
-    x_bytes, w_bytes = width * COLUMN_BYTES, WIDE_ROWS * COLUMN_BYTES
-    resident = 0 if first.quantized else division.slice_steps * x_bytes
-    if resident > ctx.shared_limit - fixed - RESIDENT_STAGES * (w_bytes + 16):
-        resident = 0
-    stage_bytes = w_bytes + (0 if resident else x_bytes)
-    stages = min(MOST_STAGES, (ctx.shared_limit - fixed - resident) // (stage_bytes + 16))
+    fixed, stage_bytes = 1024 + 16 + 4 * SKINNY_UNIT * parts + 4 * slices * width, (WIDE_ROWS + width) * COLUMN_BYTES
+    stages = (ctx.shared_limit - fixed) // (stage_bytes + 16)
     box = WIDE_ROWS // 2 if paired else WIDE_ROWS
     maps: list[Argument] = [0 if m.quantized else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
                             for m in w]  # fmt: skip
@@ -99,10 +96,9 @@ def launch(
         m0=maps[0], m1=maps[1], m2=maps[2], stride=first.stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales,
         scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows, kv_rows=kv_rows,
         row_tiles=row_tiles, kv_tiles=kv_tiles, **of_results, steps=division.slice_steps,
-        row_steps=ceil_div(first.shape[1], WIDE_STEP_COLUMNS), stages=stages, resident=int(resident > 0),
-        bias=0x64006400,
+        row_steps=ceil_div(first.shape[1], WIDE_STEP_COLUMNS), stages=stages, bias=0x64006400,
     )  # fmt: skip
     clusters = min(row_tiles + 2 * kv_tiles, max(1, ctx.n_sms // slices))
     grid = clusters, ceil_div(rounded.shape[0], width), slices
     threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32)
-    return Launch(WIDE[width], grid, threads, arguments, fixed + resident + stages * (stage_bytes + 16), cluster=slices)
+    return Launch(WIDE[width], grid, threads, arguments, fixed + stages * (stage_bytes + 16), cluster=slices)
