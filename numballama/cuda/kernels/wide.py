@@ -1,4 +1,4 @@
-"""Linear layers of 33 to 128 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma and TMA: W is streamed once.
+"""Linear layers of 17 to 128 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma and TMA: W is streamed once.
 
 A kernel here takes the place of those in `skinny.py` and of `skinny_sum_kernel`: it reads X as `skinny_round_kernel`
 leaves it. W is A of wgmma and X is B, so that all tokens of a run are one product.

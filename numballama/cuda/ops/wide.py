@@ -1,4 +1,4 @@
-"""Linear layers of 33 to 128 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
+"""Linear layers of 17 to 128 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, 
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
 """Tokens of a block → the kernel for them."""
-LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q5_k": 65, "q6_k": 65}
+LEAST = {"f16": 17, "bf16": 17, "int8": 33, "q4_0": 33, "q4_1": 33, "q4_k": 33, "q5_k": 33, "q6_k": 33}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
 """Up to this number of tokens they are faster than `wgmma_gemm`."""
