@@ -23,20 +23,13 @@ from numballama.graph import KVLayout, build
 from numballama.parallel import processes
 from numballama.parallel.processes import ProcessBackend, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
-from tests.helpers.processes import run_python
+from tests.helpers.processes import is_alive, run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")]
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 LIMIT_S = 2.0
 """Seconds from a failure to its error, and to the end of all processes."""
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs. One that has ended and was not waited for does not."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def assert_gone(pids: list[int]) -> None:
