@@ -30,7 +30,7 @@ import numpy as np
 from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import mark_workers_started, refuse_forked
-from ..errors import CLOSED, DeviceError, Error, UnsupportedError
+from ..errors import CLOSED, COMPILE_AGAIN, DeviceError, Error, UnsupportedError
 from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
@@ -139,7 +139,7 @@ class RankGroup:
         """Raise `DeviceError` if a rank has failed, and end the others."""
         if self._failure is not None:
             self.close()
-            raise DeviceError(f"{self._failure}; the model must be compiled again")
+            raise DeviceError(self._failure + COMPILE_AGAIN)
         if self._closing:
             raise Error(CLOSED)
 
@@ -201,7 +201,7 @@ class RankGroup:
         if self.memory.stopped:
             self._await_cause()
             self.check()
-            raise DeviceError("the ranks have been stopped; the model must be compiled again")
+            raise DeviceError("the ranks have been stopped" + COMPILE_AGAIN)
 
     def _await_cause(self) -> None:
         """A moment for `_watch`: a rank that has stopped the others is about to end. If that takes long, as where a GPU

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer
-from .errors import ApiError
+from .errors import ApiError, cause
 from .metrics import Metrics
 from .settings import Settings
 from .tools.formats import ToolFormat, choose_format
@@ -219,12 +219,12 @@ class Service:
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""
-        if not self.loaded:
-            return self._waits_for
         if self.draining:
             return DRAINING
+        if not self.loaded:
+            return self._waits_for
         if (failure := self.failure) is not None:
-            return f"the engine has failed: {failure}"
+            return f"the device has failed: {cause(failure)}"
         stats = self.stats
         if stats is not None and stats.stalled_s > self.settings.stall_s:
             return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"

@@ -25,7 +25,7 @@ from numballama.checkpoint import Checkpoint, Weight
 from numballama.parallel.processes import ProcessBackend
 from numballama.server import loader
 from numballama.server.loader import FIRST_PAUSE_S, LONGEST_PAUSE_S, WATCH_S, ModelLoader
-from numballama.server.service import Service
+from numballama.server.service import DRAINING, Service
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, eventually, serving
 from tests.helpers.processes import is_alive
@@ -100,7 +100,7 @@ def test_a_load_that_fails_is_tried_again(ranks: list[ProcessBackend], server: R
 
     def load() -> Model:
         if ranks and len(failures) < 2:
-            failures.append(server.get("/health").body.decode())
+            failures.append(server.get("/health").error["message"])
             raise DeviceError("the card is busy")
         return compiled()
 
@@ -117,8 +117,10 @@ def test_a_load_that_fails_is_tried_again(ranks: list[ProcessBackend], server: R
     finally:
         assert loads.stop(10)
     first, second = failures
-    assert "the model is being loaded again: rank 1 ended with signal SIGKILL" in first
-    assert "the model could not be loaded again: the card is busy" in second
+    assert first == "the model is being loaded again, because its device has failed: rank 1 ended with signal SIGKILL"
+    assert (
+        second == "the model could not be loaded again, and the server tries it again within 0.05 s: the card is busy"
+    )
 
 
 def test_the_first_load_that_fails_is_told(server: Running) -> None:
@@ -153,7 +155,7 @@ class Pauses(threading.Event):
 class Failed(Service):
     """A service whose engine has failed, whatever its model is."""
 
-    failure = property(lambda self: DeviceError("rank 1 ended"))  # type: ignore[assignment]
+    failure = property(lambda self: DeviceError("rank 1 ended"))
 
     def ready(self, model: Model) -> None:
         pass
@@ -192,7 +194,9 @@ def test_a_pause_ends_when_the_server_does() -> None:
     started = time.monotonic()
     assert loads.stop(LONG) and time.monotonic() - started < FIRST_PAUSE_S / 2
     service.close()
-    assert len(tries) == 2
+    assert len(tries) == 2 and "tries it again within 1 s: the card is busy" in str(service.unhealthy())
+    service.draining = True  # then it does not
+    assert service.unhealthy() == DRAINING
 
 
 SERVE = """
@@ -260,7 +264,7 @@ def test_sigterm_during_a_reload(load_s: float, within_s: float, last: Any) -> N
     assert [*again, *after][-1] == last
     (other,) = again[0]
     eventually(lambda: not is_alive(other), "the end of the other rank", 2)
-    assert log.count("the model is loaded again: rank 1 ended with signal SIGKILL") == 1 and "Traceback" not in log
+    assert log.count("because its device has failed: rank 1 ended with signal SIGKILL") == 1 and "Traceback" not in log
 
 
 def said(lines: IO[str], end: str) -> list[Any]:
