@@ -135,11 +135,16 @@ class RankGroup:
                     process.kill()  # `_watch` stops the others
             beats = current
 
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why no run is possible any more, if a rank has failed."""
+        return None if self._failure is None else DeviceError(self._failure + COMPILE_AGAIN)
+
     def check(self) -> None:
         """Raise `DeviceError` if a rank has failed, and end the others."""
-        if self._failure is not None:
+        if (failure := self.failure) is not None:
             self.close()
-            raise DeviceError(self._failure + COMPILE_AGAIN)
+            raise failure
         if self._closing:
             raise Error(CLOSED)
 
@@ -373,6 +378,11 @@ class ProcessBackend(RanksBackend):
             group.command(Kind.CONNECT, data={})
             first.connect(group.memory, shares.vocab)
             group.wait()
+
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why no run is possible any more, if the process of a rank has ended, even while nothing ran."""
+        return self.group.failure
 
     def free_bytes(self) -> int | None:
         """Bytes that the KV cache of the whole model may take, of which each rank has the heads of its share."""

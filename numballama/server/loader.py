@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 WATCH_S = 0.1
-"""Seconds between two looks at the engine."""
+"""Seconds between two looks at the engine and its device."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Seconds after a load that failed until the next: twice as many each time, up to the longest pause."""
 
