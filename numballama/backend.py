@@ -126,6 +126,10 @@ class Backend(Protocol):
     def memory_bytes(self) -> int | None:
         """Bytes of device memory that weights, KV cache and programs take. None if they are in host memory."""
 
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why the device cannot be used any more, as far as that is known without using it."""
+
     def machine(self) -> dict[str, dict[str, Any]]:
         """Facts about the device for a benchmark's report, as JSON values. Empty if the device is the host."""
 

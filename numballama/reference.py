@@ -366,7 +366,7 @@ class ReferenceBackend:
     most_sequences: int | None = None
     workers = 1
     description = "reference"
-    memory_bytes = None
+    memory_bytes = failure = None
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         self.weights = weights

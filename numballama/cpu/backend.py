@@ -152,6 +152,7 @@ class CpuBackend:
     lookahead: ClassVar[int] = 0
     decode_sizes: tuple[int, ...] = (1,)
     most_sequences: int | None = None
+    failure = None
 
     def __init__(
         self, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False, rank: int = 0

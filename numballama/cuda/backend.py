@@ -65,6 +65,7 @@ class CudaBackend:
     lookahead: ClassVar[int] = LOOKAHEAD
     decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
     most_sequences: int | None = None
+    failure = None
 
     def __init__(self, weights: Mapping[str, Weight], device: str = "cuda", batch_invariant: bool = False) -> None:
         self.device = Device(device)

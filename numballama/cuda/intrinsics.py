@@ -31,11 +31,11 @@ from .lowering import (  # fmt: skip
     element_pointer,
     instruction,
     is_memory,
+    load,
     saturated_to_16,
 )
 
-WORDS2 = types.UniTuple(types.uint32, 2)
-WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
+FLOATS4 = types.UniTuple(types.float32, 4)
 
 
 @intrinsic
@@ -307,45 +307,14 @@ def cp_async_wait_group(typingctx, n):  # type: ignore[no-untyped-def]
     return types.void(n), codegen
 
 
-@intrinsic
-def ld_shared_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.shared.v4.u32: four words from a 16-byte aligned shared address."""
+ld_shared_v4_u32 = load("ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "r", 4, "shared")
+"""ld_shared_v4_u32(address): four words from a 16-byte aligned shared address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        loaded = call_asm(
-            builder,
-            ir.LiteralStructType([I32] * 4),
-            "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,r,~{memory}",
-            [builder.trunc(args[0], I32)],
-        )
-        parts = [builder.extract_value(loaded, i) for i in range(4)]
-        return context.make_tuple(builder, signature.return_type, parts)
+ld_shared_v2_u32 = load("ld.shared.v2.u32 {$0, $1}, [$2];", "r", 2, "shared")
+"""ld_shared_v2_u32(address): two words from an 8-byte aligned shared address."""
 
-    return WORDS4(types.int64), codegen
-
-
-@intrinsic
-def ld_shared_v2_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.shared.v2.u32: two words from an 8-byte aligned shared address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.LiteralStructType([I32] * 2)
-        text = "ld.shared.v2.u32 {$0, $1}, [$2];"
-        loaded = call_asm(builder, kind, text, "=r,=r,r,~{memory}", [builder.trunc(args[0], I32)])
-        return context.make_tuple(builder, signature.return_type, [builder.extract_value(loaded, i) for i in range(2)])
-
-    return WORDS2(types.int64), codegen
-
-
-@intrinsic
-def ld_shared_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.shared.u32: a word from a 4-byte aligned shared address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return call_asm(builder, I32, "ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [builder.trunc(args[0], I32)])
-
-    return types.uint32(types.int64), codegen
+ld_shared_u32 = load("ld.shared.u32 $0, [$1];", "r", 1, "shared")
+"""ld_shared_u32(address): a word from a 4-byte aligned shared address."""
 
 
 @intrinsic
@@ -358,44 +327,14 @@ def ld_global_u32(typingctx, where):  # type: ignore[no-untyped-def]
     return types.uint32(types.int64), codegen
 
 
-@intrinsic
-def ld_shared_v4_f32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.shared.v4.f32: four float32 from a 16-byte aligned shared address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        loaded = call_asm(
-            builder,
-            ir.LiteralStructType([F32] * 4),
-            "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-            "=f,=f,=f,=f,r,~{memory}",
-            [builder.trunc(args[0], I32)],
-        )
-        parts = [builder.extract_value(loaded, i) for i in range(4)]
-        return context.make_tuple(builder, signature.return_type, parts)
-
-    return types.UniTuple(types.float32, 4)(types.int64), codegen
-
+ld_shared_v4_f32 = load("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "f", 4, "shared")
+"""ld_shared_v4_f32(address): four float32 from a 16-byte aligned shared address."""
 
 st_shared_u32 = instruction("st.shared.u32 [$0], $1;", "rr")
 """st_shared_u32(address, word)"""
 
-
-@intrinsic
-def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.global.v4.u32: four words from a 16-byte aligned global address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        loaded = call_asm(
-            builder,
-            ir.LiteralStructType([I32] * 4),
-            "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l,~{memory}",
-            args,
-        )
-        parts = [builder.extract_value(loaded, i) for i in range(4)]
-        return context.make_tuple(builder, signature.return_type, parts)
-
-    return WORDS4(types.int64), codegen
+ld_global_v4_u32 = load("ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "r", 4)
+"""ld_global_v4_u32(address): four words from a 16-byte aligned global address."""
 
 
 @intrinsic

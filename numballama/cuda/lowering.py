@@ -93,6 +93,35 @@ def instruction(text: str, operands: str, result: bool = False) -> Any:
     return intrinsic(BY_COUNT[len(operands)](made))
 
 
+LOADED = OPERANDS | {"f": (F32, types.float32)}
+"""Constraint of a result of inline PTX → its type."""
+
+
+def load(text: str, kind: str, count: int = 1, state_space: str = "global") -> Any:
+    """An intrinsic for a PTX load from an address: of one value ("r", "l" as above, or "f"), or of a tuple of `count`.
+
+    It is taken to read and write memory. Shared addresses have 32 bits in PTX.
+    """
+    asm_type, numba_type = LOADED[kind]
+    asm_result = asm_type if count == 1 else ir.LiteralStructType([asm_type] * count)
+    result = numba_type if count == 1 else types.UniTuple(numba_type, count)
+    is_shared = state_space == "shared"
+    constraints = ",".join([f"={kind}"] * count + ["r" if is_shared else "l", "~{memory}"])
+
+    def typing(typingctx: Any, where: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = builder.trunc(args[0], I32) if is_shared else args[0]
+            found = call_asm(builder, asm_result, text, constraints, [address])
+            if count == 1:
+                return found
+            parts = [builder.extract_value(found, i) for i in range(count)]
+            return context.make_tuple(builder, signature.return_type, parts)
+
+        return result(types.int64), codegen
+
+    return intrinsic(typing)
+
+
 BY_COUNT: dict[int, Any] = {
     0: lambda made: lambda typingctx: made(),
     1: lambda made: lambda typingctx, a: made(a),

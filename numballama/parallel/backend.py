@@ -227,6 +227,11 @@ class RanksBackend(ABC):
         """Bytes of device memory that rank 0 takes. None if weights and KV cache are in host memory."""
         return self.ranks[0].memory_bytes
 
+    @property
+    def failure(self) -> DeviceError | None:
+        """None: ranks of one process end with it."""
+        return None
+
     def shards(self, graph: Graph) -> list[Shard]:
         """Each rank's part of a graph. Raises `UnsupportedError` for ops that cannot be split."""
         shards = [

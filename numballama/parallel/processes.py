@@ -30,7 +30,7 @@ import numpy as np
 from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import mark_workers_started, refuse_forked
-from ..errors import CLOSED, DeviceError, Error, UnsupportedError
+from ..errors import CLOSED, COMPILE_AGAIN, DeviceError, Error, UnsupportedError
 from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
@@ -135,11 +135,16 @@ class RankGroup:
                     process.kill()  # `_watch` stops the others
             beats = current
 
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why no run is possible any more, if a rank has failed."""
+        return None if self._failure is None else DeviceError(self._failure + COMPILE_AGAIN)
+
     def check(self) -> None:
         """Raise `DeviceError` if a rank has failed, and end the others."""
-        if self._failure is not None:
+        if (failure := self.failure) is not None:
             self.close()
-            raise DeviceError(f"{self._failure}; the model must be compiled again")
+            raise failure
         if self._closing:
             raise Error(CLOSED)
 
@@ -201,7 +206,7 @@ class RankGroup:
         if self.memory.stopped:
             self._await_cause()
             self.check()
-            raise DeviceError("the ranks have been stopped; the model must be compiled again")
+            raise DeviceError("the ranks have been stopped" + COMPILE_AGAIN)
 
     def _await_cause(self) -> None:
         """A moment for `_watch`: a rank that has stopped the others is about to end. If that takes long, as where a GPU
@@ -373,6 +378,11 @@ class ProcessBackend(RanksBackend):
             group.command(Kind.CONNECT, data={})
             first.connect(group.memory, shares.vocab)
             group.wait()
+
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why no run is possible any more, if the process of a rank has ended, even while nothing ran."""
+        return self.group.failure
 
     def free_bytes(self) -> int | None:
         """Bytes that the KV cache of the whole model may take, of which each rank has the heads of its share."""

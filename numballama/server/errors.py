@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import ContextError, DeviceError, Error, UnsupportedError
+from ..errors import COMPILE_AGAIN, ContextError, DeviceError, Error, UnsupportedError
 
 MAX_MESSAGE = 1000
 """Characters of a message. Longer ones are cut: they may quote the request."""
@@ -120,9 +120,16 @@ def refused(error: Exception, param: str | None = None, fields: Mapping[str, str
     return ApiError(message, param=param, code=code)
 
 
+def cause(failure: BaseException) -> str:
+    """Why a device has failed, without what a user of Python would have to do: the server does it."""
+    if isinstance(failure, Error):
+        return str(failure).removesuffix(COMPILE_AGAIN)
+    return f"{type(failure).__name__}: {failure}"
+
+
 def engine_failed(error: BaseException) -> ApiError:
     """What to answer when the model's device has failed for good: the model is loaded again, so a client may retry."""
-    message = str(error) if isinstance(error, Error) else "the engine has failed; the server's log says why"
+    message = cause(error) if isinstance(error, Error) else "the engine has failed; the server's log says why"
     return ApiError(message, 503, code="engine_failed", retry_after=5)
 
 

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .errors import cause
 from .service import Service, log
 
 if TYPE_CHECKING:
     from ..model import Model
 
 WATCH_S = 0.1
-"""Seconds between two looks at the engine."""
+"""Seconds between two looks at the engine and its device."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Seconds after a load that failed until the next: twice as many each time, up to the longest pause."""
 
@@ -71,14 +72,14 @@ class ModelLoader:
             return
         while not self._stopped.wait(WATCH_S):
             if self._goes_on and (failure := self._service.failure) is not None:
-                cause = str(failure)
+                why = f"the model is being loaded again, because its device has failed: {cause(failure)}"
                 del failure  # its traceback holds the model's arrays
-                self._load_again(cause)
+                self._load_again(why)
 
-    def _load_again(self, cause: str) -> None:
+    def _load_again(self, why: str) -> None:
         service, pause_s = self._service, FIRST_PAUSE_S
-        log.error("the model is loaded again: %s", cause)
-        service.unload(f"the model is being loaded again: {cause}")
+        log.error("%s", why)
+        service.unload(why)
         self._close()
         while self._goes_on:
             try:
@@ -86,11 +87,12 @@ class ModelLoader:
                 if self._goes_on:
                     service.ready(self._model)
                     service.metrics.reloads.inc()
-                    log.info("the model is loaded again")
+                    log.info("the model has been loaded again")
                 return
             except Exception as error:
-                log.error("the model could not be loaded again, next try in %.0f s: %s", pause_s, error)
-                service.unload(f"the model could not be loaded again: {error}")
+                log.error("the model could not be loaded again, next try in %g s: %s", pause_s, error)
+                within = f"the server tries it again within {pause_s:g} s"
+                service.unload(f"the model could not be loaded again, and {within}: {error}")
                 self._close()
             self._stopped.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

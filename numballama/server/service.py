@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer
-from .errors import ApiError
+from .errors import ApiError, cause
 from .metrics import Metrics
 from .settings import Settings
 from .tools.formats import ToolFormat, choose_format
 
 if TYPE_CHECKING:
+    from ..backend import Backend
     from ..engine.stats import EngineStats
     from ..generate import TextEngine
     from ..model import Model
@@ -99,6 +100,7 @@ class Service:
         self._waits_for = LOADING
         """Why there is no model."""
         self._model: Model | None = None
+        self._backend: Backend | None = None
         self._engine: TextEngine | None = None
         self.admission = Admission(0, 1, 0)
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
@@ -120,12 +122,12 @@ class Service:
         engine.__enter__()
         if not self.metrics.begun:
             self.metrics.begin(settings.model_name or model.path.name)
-        self._engine, self._model = engine, model
+        self._engine, self._model, self._backend = engine, model, model.backend
 
     def unload(self, why: str) -> None:
         """The model cannot be used any more: requests are answered with 503 and this reason until `ready`."""
         self._waits_for = why
-        engine, self._engine, self._model = self._engine, None, None
+        engine, self._engine, self._model, self._backend = self._engine, None, None, None
         if engine is not None:
             engine.__exit__(None, None, None)
 
@@ -192,9 +194,12 @@ class Service:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the engine has ended, if its device has failed for good."""
-        stats = self.stats
-        return None if stats is None else stats.failure
+        """Why the engine has ended, or would end with its next request, if its device has failed for good."""
+        backend, stats = self._backend, self.stats
+        if backend is None or stats is None:
+            return None
+        idle = not (stats.running or stats.waiting)  # else its requests end with the device's own error
+        return stats.failure or (backend.failure if idle else None)
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in, see `Admission`."""
@@ -219,12 +224,12 @@ class Service:
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""
-        if not self.loaded:
-            return self._waits_for
         if self.draining:
             return DRAINING
+        if not self.loaded:
+            return self._waits_for
         if (failure := self.failure) is not None:
-            return f"the engine has failed: {failure}"
+            return f"the device has failed: {cause(failure)}"
         stats = self.stats
         if stats is not None and stats.stalled_s > self.settings.stall_s:
             return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"

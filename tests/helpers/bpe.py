@@ -22,6 +22,8 @@ from tests.helpers.random_models import MODELS, random_checkpoint
 
 SPECIAL = ("<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<think>", "</think>", "<tool_call>")
+MARKERS = (*ADDED, "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
+"""What models write around reasoning and calls."""
 
 
 def trained(
@@ -94,10 +96,21 @@ CHAT_CONFIG = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
 
 
 def chat_model(
-    folder: Path, context: int = 512, pre: str = "smollm", template: str | None = None, seed: int = 0
+    folder: Path,
+    context: int = 512,
+    pre: str = "smollm",
+    template: str | None = None,
+    seed: int = 0,
+    controls: bool = False,
 ) -> Path:
-    """A random model in GGUF, with a BPE that has ChatML's special tokens."""
-    tokenizer = load_tokenizer(save_json(folder / "tokenizer", trained(pre), CHAT_CONFIG))
+    """A random model in GGUF, with a BPE that has ChatML's special tokens. With `controls`, `MARKERS` are some too."""
+    library = trained(pre)
+    if controls:
+        found = json.loads(library.to_str())
+        found["added_tokens"] = [token | {"special": True} for token in found["added_tokens"]]
+        library = Library.from_str(json.dumps(found))
+        library.add_tokens([AddedToken(token, special=True, normalized=False) for token in MARKERS])
+    tokenizer = load_tokenizer(save_json(folder / "tokenizer", library, CHAT_CONFIG))
     config = ModelConfig(CONFIG.dim, CONFIG.hidden_dim, 2, 4, 2, tokenizer.vocab_size, context, tied_embeddings=False)
     path = folder / "chat.gguf"
     write_gguf(path, config, random_checkpoint(config, seed).weights, tokenizer=tokenizer, chat_template=template)

@@ -1,7 +1,8 @@
-"""Runs code in a separate Python process."""
+"""Runs code in a separate Python process, and says whether a process runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,3 +27,10 @@ def run_python(code: str, *arguments: object, timeout: float = 120, **environmen
     )
     assert found.returncode == 0, f"exit code {found.returncode}\n{found.stdout[-2000:]}\n{found.stderr[-4000:]}"
     return json.loads(found.stdout.splitlines()[-1])
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended and was not waited for does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

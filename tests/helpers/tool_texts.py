@@ -41,6 +41,16 @@ TEMPLATES = {
 """The parts of real templates that tell the format."""
 FORMATS: dict[str, ToolFormat] = {name: choose(template, []) for name, template in TEMPLATES.items()}
 
+SPELLED = {
+    "hermes": '<tool_call>\n{{"name": "get_weather", "arguments": {0}}}\n</tool_call>',
+    "llama": '{{"name": "get_weather", "parameters": {0}}}',
+    "mistral": '[TOOL_CALLS][{{"name": "get_weather", "arguments": {0}}}]',
+    "mistral named": "[TOOL_CALLS]get_weather[ARGS]{0}",
+    "mistral id": "[TOOL_CALLS]get_weather[CALL_ID]abc123XYZ[ARGS]{0}",
+    "json": '{{"name": "get_weather", "arguments": {0}}}',
+}
+"""Calls of `get_weather` with arguments {0}, by format."""
+
 
 class Answer(NamedTuple):
     """What a client gets from all events of an answer."""

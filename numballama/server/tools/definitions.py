@@ -21,8 +21,8 @@ NAME = r"[a-zA-Z0-9_-]{1,64}"
 
 
 @dataclass(frozen=True)
-class Tool:
-    """One function that a model may call."""
+class CheckedTool:
+    """One function that a model may call, of a request that `check_tools` has accepted."""
 
     name: str
     description: str = ""
@@ -30,7 +30,7 @@ class Tool:
     """JSON schema of the arguments. Its "type" is "object"."""
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[CheckedTool, ...]:
     """The tools of a request: `[{"type": "function", "function": {"name": …, "parameters": {…}}}]`.
 
     Raises `Error` that names the place, for a tool without a name, a name that is not 1 to 64 of a-z A-Z 0-9 _ -, a
@@ -42,7 +42,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
         raise Error(f"tools must be a list of functions, found {tools!r:.100}")
     if len(tools) > MOST_TOOLS:
         raise Error(f"tools: found {len(tools)}; at most {MOST_TOOLS} are possible")
-    found: dict[str, Tool] = {}
+    found: dict[str, CheckedTool] = {}
     for index, given in enumerate(tools):
         tool = _check_tool(f"tools[{index}]", given)
         if tool.name in found:
@@ -53,7 +53,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
-def _check_tool(place: str, given: object) -> Tool:
+def _check_tool(place: str, given: object) -> CheckedTool:
     if not isinstance(given, Mapping):
         raise Error(f'{place} must be {{"type": "function", "function": {{…}}}}, found {given!r:.100}')
     if given.get("type", "function") != "function":
@@ -68,7 +68,7 @@ def _check_tool(place: str, given: object) -> Tool:
     description = function.get("description")
     if description is not None and not isinstance(description, str):
         raise Error(f"{place}.description must be a text, found {description!r:.100}")
-    return Tool(name, description or "", _check_parameters(f"{place}.parameters", function.get("parameters")))
+    return CheckedTool(name, description or "", _check_parameters(f"{place}.parameters", function.get("parameters")))
 
 
 def _check_parameters(place: str, schema: object) -> Mapping[str, Any]:

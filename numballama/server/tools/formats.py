@@ -10,7 +10,7 @@ from typing import Any
 
 from ...chat.tool_messages import tool_messages
 from ...errors import Error
-from .definitions import Tool, check_tools
+from .definitions import CheckedTool, check_tools
 from .grammar import CALL_ID, CallText, build, build_free
 from .messages import plain_conversation
 from .parser import Dialect, Parser
@@ -136,7 +136,7 @@ def _for_template(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **tool, "function": {**function, "description": description, "parameters": parameters}}
 
 
-def _described(tool: Tool) -> dict[str, Any]:
+def _described(tool: CheckedTool) -> dict[str, Any]:
     description = {"description": tool.description} if tool.description else {}
     return {"name": tool.name, **description, "parameters": tool.parameters}
 

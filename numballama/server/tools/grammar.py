@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from .definitions import Tool
+from .definitions import CheckedTool
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ CALL_ID = "\0"
 
 def build(
     call_text: CallText,
-    tools: Sequence[Tool],
+    tools: Sequence[CheckedTool],
     parallel: bool,
     markers: Mapping[str, int | None],
     reasoning: tuple[str, str] | None,
@@ -61,7 +61,7 @@ def build(
 
 def build_free(
     call_text: CallText,
-    tools: Sequence[Tool],
+    tools: Sequence[CheckedTool],
     opens: Sequence[str],
     separators: str,
     markers: Mapping[str, int | None],

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,20 +24,13 @@ from numballama.graph import KVLayout, build
 from numballama.parallel import processes
 from numballama.parallel.processes import ProcessBackend, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
-from tests.helpers.processes import run_python
+from tests.helpers.processes import is_alive, run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")]
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 LIMIT_S = 2.0
 """Seconds from a failure to its error, and to the end of all processes."""
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs. One that has ended and was not waited for does not."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -250,36 +244,44 @@ def test_a_rank_that_is_killed_while_nobody_waits(open_ranks: Callable[..., Open
     assert time.monotonic() - started < LIMIT_S
 
 
+@pytest.fixture
+def signal_rank_1(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals], list[subprocess.Popen[bytes]]]:
+    """signal_rank_1(how): sends rank 1 a signal once its process is started. The result is all processes, by rank.
+
+    One gets it: of several that are killed at once, any may be seen first.
+    """
+
+    def prepare(how: signal.Signals) -> list[subprocess.Popen[bytes]]:
+        started: list[subprocess.Popen[bytes]] = []
+        popen = subprocess.Popen
+
+        def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+            started.append(popen(*arguments, **options))
+            if len(started) == 1:
+                os.kill(started[0].pid, how)
+            return started[-1]
+
+        monkeypatch.setattr(processes.subprocess, "Popen", start)
+        return started
+
+    return prepare
+
+
 def test_a_rank_that_is_killed_while_it_loads(
-    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+    open_ranks: Callable[..., Opened], signal_rank_1: Callable[[signal.Signals], list[subprocess.Popen[bytes]]]
 ) -> None:
-    started: list[Any] = []
-    popen = processes.subprocess.Popen
-
-    def start(*arguments: Any, **options: Any) -> Any:
-        started.append(popen(*arguments, **options))
-        if len(started) == 1:  # one: of several that are killed at once, any may be seen first
-            started[0].kill()
-        return started[-1]
-
-    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    started = signal_rank_1(signal.SIGKILL)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         open_ranks(4)
     assert_gone([process.pid for process in started])
 
 
 def test_a_rank_that_is_stopped_while_it_loads(
-    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+    open_ranks: Callable[..., Opened],
+    signal_rank_1: Callable[[signal.Signals], list[subprocess.Popen[bytes]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started: list[Any] = []
-    popen = processes.subprocess.Popen
-
-    def start(*arguments: Any, **options: Any) -> Any:
-        started.append(popen(*arguments, **options))
-        os.kill(started[-1].pid, signal.SIGSTOP)
-        return started[-1]
-
-    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    started = signal_rank_1(signal.SIGSTOP)
     monkeypatch.setattr(processes, "LOADING_HANG_S", 0.5)
     with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 0.5 seconds"):
         open_ranks(2)

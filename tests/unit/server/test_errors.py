@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from numballama.errors import ContextError, DeviceError, Error, UnsupportedError
-from numballama.server.errors import MAX_MESSAGE, ApiError, failed, refused
+from numballama.errors import COMPILE_AGAIN, ContextError, DeviceError, Error, UnsupportedError
+from numballama.server.errors import MAX_MESSAGE, ApiError, cause, engine_failed, failed, refused
 
 
 def test_the_shape() -> None:
@@ -47,3 +47,10 @@ def test_advice_is_for_those_who_start_a_server() -> None:
 def test_failures() -> None:
     assert failed(Error("the logits are not numbers")).message == "the logits are not numbers"
     assert failed(ValueError("x")).status == 500 and failed(own := ApiError("a", 504)) is own
+
+
+def test_why_a_device_has_failed() -> None:
+    """What a server does itself is not asked of its clients. What only its log may say is not told them."""
+    failure = DeviceError("rank 1 ended" + COMPILE_AGAIN)
+    assert cause(failure) == engine_failed(failure).message == "rank 1 ended"
+    assert cause(KeyError("x")) == "KeyError: 'x'" and "x" not in engine_failed(KeyError("x")).message

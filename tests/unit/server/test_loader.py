@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -17,8 +23,11 @@ from numballama import model as models
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.parallel.processes import ProcessBackend
 from numballama.server import loader
-from numballama.server.loader import ModelLoader
-from tests.helpers.http_server import Running, eventually, serving
+from numballama.server.loader import FIRST_PAUSE_S, LONGEST_PAUSE_S, WATCH_S, ModelLoader
+from numballama.server.service import DRAINING, Service
+from numballama.server.settings import Settings
+from tests.helpers.http_server import LONG, Answered, Running, eventually, serving
+from tests.helpers.processes import is_alive
 
 pytestmark = pytest.mark.slow
 GREEDY = {"model": "any", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
@@ -84,13 +93,33 @@ def test_a_rank_that_is_killed_costs_the_requests_in_flight_only(ranks: list[Pro
     assert ranks[1].group.processes[0].returncode == 0
 
 
+def test_a_rank_that_is_killed_while_nothing_runs_costs_no_request(
+    ranks: list[ProcessBackend], server: Running
+) -> None:
+    loads = ModelLoader(compiled, server.service)
+    loads.start()
+    try:
+        eventually(lambda: server.get("/health").status == 200, "the model")
+        want = answer(server).json["choices"][0]["text"]
+        assert ranks[0].failure is None and server.stats.requests == 1
+        os.kill(ranks[0].group.processes[0].pid, signal.SIGKILL)
+        eventually(lambda: "rank 1 ended with signal SIGKILL" in server.get("/health").body.decode(), "the failure", 2)
+        eventually(lambda: len(ranks) == 2 and server.get("/health").status == 200, "the model, again")
+        assert answer(server).json["choices"][0]["text"] == want
+    finally:
+        assert loads.stop(10)
+    assert server.service.failure is None and ranks[1].failure is None  # it was ended, and did not fail
+
+
 def test_a_load_that_fails_is_tried_again(ranks: list[ProcessBackend], server: Running) -> None:
     """The reason is told meanwhile. Requests get 503 and may come back."""
     failures: list[str] = []
+    refused: list[Answered] = []
 
     def load() -> Model:
         if ranks and len(failures) < 2:
-            failures.append(server.get("/health").body.decode())
+            failures.append(server.get("/health").error["message"])
+            refused.append(answer(server))
             raise DeviceError("the card is busy")
         return compiled()
 
@@ -99,16 +128,17 @@ def test_a_load_that_fails_is_tried_again(ranks: list[ProcessBackend], server: R
     try:
         eventually(lambda: server.get("/health").status == 200, "the model")
         os.kill(ranks[0].group.processes[0].pid, signal.SIGKILL)
-        refused = answer(server)
-        assert refused.status == 503 and refused.headers["retry-after"] == "5"
-        assert b"rank 1 ended with signal SIGKILL" in refused.body
         eventually(lambda: len(ranks) == 2 and server.get("/health").status == 200, "the model, again")
         assert answer(server).status == 200
     finally:
         assert loads.stop(10)
+    assert all(each.status == 503 and each.headers["retry-after"] == "5" for each in refused)
+    assert [each.error["message"] for each in refused] == failures
     first, second = failures
-    assert "the model is being loaded again: rank 1 ended with signal SIGKILL" in first
-    assert "the model could not be loaded again: the card is busy" in second
+    assert first == "the model is being loaded again, because its device has failed: rank 1 ended with signal SIGKILL"
+    assert (
+        second == "the model could not be loaded again, and the server tries it again within 0.05 s: the card is busy"
+    )
 
 
 def test_the_first_load_that_fails_is_told(server: Running) -> None:
@@ -122,3 +152,141 @@ def test_the_first_load_that_fails_is_told(server: Running) -> None:
     eventually(lambda: loads.error is not None, "the error")
     assert loads.stop(10) and told == ["failed"] and str(loads.error) == "no such file"
     assert server.get("/health").status == 503
+
+
+class Pauses(threading.Event):
+    """An event that nobody waits for: it notes the pauses, and is set after as many as are wanted."""
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.wanted, self.found = wanted, list[float]()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        if timeout != WATCH_S:
+            self.found.append(timeout)
+            if len(self.found) == self.wanted:
+                self.set()
+        return self.is_set()
+
+
+class Failed(Service):
+    """A service whose engine has failed, whatever its model is."""
+
+    failure = property(lambda self: DeviceError("rank 1 ended"))
+
+    def ready(self, model: Model) -> None:
+        pass
+
+
+def test_pauses_grow_up_to_the_longest(caplog: pytest.LogCaptureFixture) -> None:
+    service, loaded = Failed(Settings()), list[str]()
+
+    def load() -> Any:
+        loaded.append(str(service.unhealthy()))
+        if len(loaded) > 1:
+            raise DeviceError("the card is busy")
+
+    loads = ModelLoader(load, service)
+    pauses = loads._stopped = Pauses(9)
+    with caplog.at_level(logging.ERROR, "numballama.server"):
+        loads.start()
+        loads._thread.join(LONG)
+    service.close()
+    assert FIRST_PAUSE_S == 1 and LONGEST_PAUSE_S == 60
+    assert pauses.found == [1, 2, 4, 8, 16, 32, 60, 60, 60] and len(loaded) == 1 + 9
+    assert [float(each) for each in re.findall(r"next try in (\d+) s", caplog.text)] == pauses.found
+
+
+def test_a_pause_ends_when_the_server_does() -> None:
+    service, tries = Failed(Settings()), list[float]()
+
+    def load() -> Any:
+        tries.append(time.monotonic())
+        if len(tries) > 1:
+            raise DeviceError("the card is busy")
+
+    loads = ModelLoader(load, service)
+    loads.start()
+    eventually(lambda: len(tries) == 2, "the second try")
+    started = time.monotonic()
+    assert loads.stop(LONG) and time.monotonic() - started < FIRST_PAUSE_S / 2
+    service.close()
+    assert len(tries) == 2 and "tries it again within 1 s: the card is busy" in str(service.unhealthy())
+    service.draining = True  # then it does not
+    assert service.unhealthy() == DRAINING
+
+
+SERVE = """
+import json, sys, threading, time
+import numballama
+from numballama import model
+from numballama.parallel.processes import ProcessBackend
+from numballama.server import run
+from numballama.server.settings import Settings
+
+def open_backend(device, weights, threads, invariant, gpus, checkpoint, dtype):
+    made = ProcessBackend(checkpoint.path, checkpoint.config, weights, ["cpu"] * 2, threads, invariant)
+    say([process.pid for process in made.group.processes])
+    return made
+
+def say(what):
+    print(json.dumps(what), flush=True)
+
+def load():
+    model.open_backend = open_backend
+    made = numballama.compile(None, device="cpu", threads=1)
+    say("loaded")
+    if loads:  # again, and as long as it is told
+        time.sleep(float(sys.argv[1]))
+    loads.append(made)
+    return made
+
+if __name__ == "__main__":
+    loads = []
+    run.LOADED_WITHIN_S = float(sys.argv[2])
+    run.serve(load, Settings(), run.Address(port=0), show=say)
+    end = time.monotonic() + 1
+    while threading.active_count() > 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    say([thread.name for thread in threading.enumerate()])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")
+@pytest.mark.parametrize(
+    ("load_s", "within_s", "last"), [(0.5, 5, ["MainThread"]), (600, 0.5, "loaded")], ids=["ends", "goes on"]
+)
+def test_sigterm_during_a_reload(load_s: float, within_s: float, last: Any) -> None:
+    """The process ends with code 0, and with it its threads and ranks, whether the load ends in time or not."""
+    command = [sys.executable, "-c", SERVE, str(load_s), str(within_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            lines = said(process.stdout, "curl ")
+            (pid,) = next(line for line in lines if isinstance(line, list))
+            os.kill(pid, signal.SIGKILL)
+            again = said(process.stdout, "loaded")
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(LONG)
+            took_s = time.monotonic() - started
+            after = [json.loads(line) for line in process.stdout]
+            log = process.stderr.read()
+        finally:
+            process.kill()
+    assert code == 0 and took_s < min(load_s, within_s) + 4
+    assert [*again, *after][-1] == last
+    (other,) = again[0]
+    eventually(lambda: not is_alive(other), "the end of the other rank", 2)
+    assert log.count("because its device has failed: rank 1 ended with signal SIGKILL") == 1 and "Traceback" not in log
+
+
+def said(lines: IO[str], end: str) -> list[Any]:
+    """What the server said, up to a line that begins so."""
+    found: list[Any] = []
+    for line in lines:
+        found.append(json.loads(line))
+        if isinstance(found[-1], str) and found[-1].startswith(end):
+            return found
+    raise AssertionError(found)

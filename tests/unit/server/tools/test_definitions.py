@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from numballama.errors import Error
-from numballama.server.tools import Tool, check_tools
+from numballama.server.tools import CheckedTool, check_tools
 from numballama.server.tools.definitions import MAX_DEPTH
 from tests.helpers.tool_texts import TOOLS, WEATHER
 
@@ -25,7 +25,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 def test_tools() -> None:
     weather, time = check_tools(TOOLS)
-    assert weather == Tool("get_weather", "The weather of a city", WEATHER["function"]["parameters"])  # type: ignore[index]
+    assert weather == CheckedTool("get_weather", "The weather of a city", WEATHER["function"]["parameters"])  # type: ignore[index]
     assert time.parameters == {"type": "object", "properties": {}, "additionalProperties": False}
     assert check_tools(None) == check_tools([]) == ()
     (only,) = check_tools([tool(parameters={"properties": {"a": {}}}, strict=True, description=None)])

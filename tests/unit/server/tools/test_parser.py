@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from numballama.server.tools import CallArguments, CallStart, Content, Reasoning
 from numballama.server.tools.call import MAX_HELD
-from tests.helpers.tool_texts import FORMATS, TOOLS, Answer, answer, arguments, events, read, texts
+from tests.helpers.tool_texts import FORMATS, SPELLED, TOOLS, Answer, answer, arguments, events, read, texts
 
 WEATHER = '{"city": "Oslo"}'
 CALL = Answer("", "", [("get_weather", WEATHER)])
@@ -47,16 +47,6 @@ def test_nothing_is_doubled(name: str, text: str) -> None:
         if not isinstance(event, CallStart) and event.text != "{}":  # of a call without arguments
             at = text.index(event.text, at) + len(event.text) if not isinstance(event, CallArguments) else at
             assert event.text in text
-
-
-SPELLED = {
-    "hermes": '<tool_call>\n{{"name": "get_weather", "arguments": {0}}}\n</tool_call>',
-    "llama": '{{"name": "get_weather", "parameters": {0}}}',
-    "mistral": '[TOOL_CALLS][{{"name": "get_weather", "arguments": {0}}}]',
-    "mistral named": "[TOOL_CALLS]get_weather[ARGS]{0}",
-    "mistral id": "[TOOL_CALLS]get_weather[CALL_ID]abc123XYZ[ARGS]{0}",
-    "json": '{{"name": "get_weather", "arguments": {0}}}',
-}
 
 
 @given(st.sampled_from(sorted(SPELLED)), arguments, st.integers(1, 7))
