@@ -6,8 +6,9 @@ python benchmarks/serve.py ours=http://127.0.0.1:8000 engine=MODEL.gguf --device
 A file in place of an address is the engine without HTTP, in this process: what a server could reach at most.
 Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
-streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. Tokens are those of
-`usage`. Times are of the client, in ms: the first token counts from the moment at which the request is written.
+streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. A connection is kept
+for further requests, as OpenAI's client does. Tokens are those of `usage`. Times are of the client, in ms: the first
+token counts from the moment at which the request is written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, pairwise
@@ -38,6 +39,9 @@ from numballama.sampling import SamplingParams
 
 Ask = Callable[[dict[str, Any]], Awaitable["Answer"]]
 """Sends the body of a request and reads the answer."""
+Close = Callable[[], None]
+"""What is called at the end of a round."""
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
@@ -59,30 +63,76 @@ def prompt_of(words: int, seed: int) -> str:
     return f"{seed} " + " ".join(chosen.choice(WORDS) for _ in range(words)) + "\nTell me a long story about this."
 
 
-async def ask(url: str, body: dict[str, Any]) -> Answer:
-    """Send a request on a connection of its own and read the answer's events."""
-    parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=1 << 20)
-    data = json.dumps(body).encode()
-    key = os.environ.get("NUMBALLAMA_API_KEY")
-    head = [
-        "POST /v1/chat/completions HTTP/1.0", f"Host: {parts.netloc}", "Content-Type: application/json",
-        f"Content-Length: {len(data)}", "Connection: close", *([f"Authorization: Bearer {key}"] if key else []),
-    ]  # fmt: skip
-    answer = Answer(time.perf_counter())
-    try:
-        writer.write("\r\n".join([*head, "", ""]).encode() + data)
-        status = (await reader.readline()).split()
-        if status[1:2] != [b"200"]:
-            answer.error = (await reader.read(2000)).decode("utf-8", "replace")[-300:]
-        while line := await reader.readline():
-            name, _, text = line.partition(b": ")
-            if name == b"data" and text.strip() != b"[DONE]":
-                _take(answer, json.loads(text))
-    finally:
-        writer.close()
-    answer.ended = time.perf_counter()
-    return answer
+class Server:
+    """A server at an address, and the connections to it that no request uses."""
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        self._free: list[Streams] = []
+        key = os.environ.get("NUMBALLAMA_API_KEY")
+        self._head = [
+            "POST /v1/chat/completions HTTP/1.1", f"Host: {self._parts.netloc}", "Content-Type: application/json",
+            *([f"Authorization: Bearer {key}"] if key else []),
+        ]  # fmt: skip
+
+    async def ask(self, body: dict[str, Any]) -> Answer:
+        """Send a request and read the answer's events."""
+        data = json.dumps(body).encode()
+        request = "\r\n".join([*self._head, f"Content-Length: {len(data)}", "", ""]).encode() + data
+        while self._free:
+            streams = self._free.pop()
+            if not streams[0].at_eof():
+                with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):  # closed when it was idle
+                    return await self._ask(streams, request)
+            streams[1].close()
+        return await self._ask(await self._connect(), request)
+
+    async def _connect(self) -> Streams:
+        return await asyncio.open_connection(self._parts.hostname, self._parts.port or 80, limit=1 << 20)
+
+    async def _ask(self, streams: Streams, request: bytes) -> Answer:
+        reader, writer = streams
+        answer = Answer(time.perf_counter())
+        writer.write(request)
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        headers = {name: value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+        rest = b""
+        try:
+            async for part in _body(reader, headers):
+                *events, rest = (rest + part).split(b"\n\n")
+                for event in events:
+                    if event.startswith(b"data: ") and event != b"data: [DONE]":
+                        _take(answer, json.loads(event[6:]))
+        except BaseException:
+            writer.close()
+            raise
+        if status.split()[1] != b"200":
+            answer.error = rest[-300:].decode("utf-8", "replace") or status.decode()
+        answer.ended = time.perf_counter()
+        if headers.get(b"connection") == b"close" or not {b"content-length", b"transfer-encoding"} & headers.keys():
+            writer.close()
+        else:
+            self._free.append(streams)
+        return answer
+
+    def close(self) -> None:
+        """Close the connections: the next round has an event loop of its own."""
+        while self._free:
+            self._free.pop()[1].close()
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncIterator[bytes]:
+    """The parts of an answer's body as they come."""
+    if headers.get(b"transfer-encoding") == b"chunked":
+        while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+        while await reader.readuntil(b"\r\n") != b"\r\n":
+            pass
+    elif b"content-length" in headers:
+        yield await reader.readexactly(int(headers[b"content-length"]))
+    else:
+        while part := await reader.read(1 << 16):
+            yield part
 
 
 def _take(answer: Answer, chunk: dict[str, Any]) -> None:
@@ -108,6 +158,14 @@ async def ask_engine(model: Model, body: dict[str, Any]) -> Answer:
         answer.prompt_tokens = responses[-1].prompt_tokens
     answer.ended = time.perf_counter()
     return answer
+
+
+async def round_of(work: Awaitable[list[Answer]], close: Close) -> list[Answer]:
+    """The answers of one round, after which `close` is called."""
+    try:
+        return await work
+    finally:
+        close()
 
 
 async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
@@ -171,17 +229,18 @@ def main() -> None:
         measure(args, {name: target(where, args, stack) for name, where in (s.split("=", 1) for s in args.servers)})
 
 
-def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Ask:
+def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Ask, Close]:
     """What asks a server at an address, or the engine of a model file, which is closed with `stack`."""
     if "://" in where:
-        return partial(ask, where)
+        server = Server(where)
+        return server.ask, server.close
     model = numballama.compile(where, device=args.device, max_sequences=max(args.clients), context=args.context)
     stack.enter_context(model)
     stack.enter_context(model.engine())
-    return partial(ask_engine, model)
+    return partial(ask_engine, model), lambda: None
 
 
-def measure(args: argparse.Namespace, servers: dict[str, Ask]) -> None:
+def measure(args: argparse.Namespace, servers: dict[str, tuple[Ask, Close]]) -> None:
     seeds = count()
 
     def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
@@ -200,12 +259,12 @@ def measure(args: argparse.Namespace, servers: dict[str, Ask]) -> None:
     for load in [args.rate] if args.rate else args.clients:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
         for number in range(args.rounds + 1):
-            for name, ask_it in servers.items():
+            for name, (ask_it, close) in servers.items():
                 if args.rate:
                     work = open_loop(ask_it, bodies(args.requests * 8, args.max_tokens), args.rate, number)
                 else:
                     work = closed_loop(ask_it, bodies(args.requests * load, args.max_tokens), load)
-                result = figures(asyncio.run(work))
+                result = figures(asyncio.run(round_of(work, close)))
                 if number:  # the first round only warms up
                     rounds[name].append(result)
         label = f"{load:g} a second" if args.rate else f"{load} clients"

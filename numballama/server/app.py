@@ -17,10 +17,11 @@ from starlette.routing import BaseRoute, Route
 from .. import __version__
 from . import chat, completions, messages, openapi, page, responses, tokens
 from .call import Call
+from .client import Client, ClientGoneError
 from .errors import ApiError, failed
 from .fields import MAX_PROMPTS, MAX_STOP, MAX_STOPS, Request, parse
 from .guard import KEY, Guard
-from .http import ClientGoneError, JsonResponse, error_response, read_body, until_gone
+from .http import EventStream, JsonResponse, error_response, read_body
 from .metrics import CONTENT_TYPE
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TemplateRequest, TokenizeRequest
 from .responses_protocol import ResponsesRequest
@@ -35,6 +36,8 @@ Handler = Callable[[Call, Any], Awaitable[Response]]
 
 LARGE_BODY = 1 << 16
 """Bytes of a body from which on work on it is done where others do not wait."""
+SMALL_BODY = 1 << 12
+"""Bytes of a body up to which work on it may be done on the event loop, see `Service.run_short`."""
 
 POSTS: dict[str, tuple[type[Request], Handler]] = {
     "/v1/chat/completions": (ChatRequest, chat.answer),
@@ -112,21 +115,28 @@ async def _get(
 async def _post(service: Service, kind: type[Request], handler: Handler, request: HttpRequest) -> Response:
     settings, key = service.settings, request.scope.get(KEY)
     call = Call(service, None if key is None else f"key-{key}")
+    client: Client | None = None
+    found: Response | None = None
     try:
         body = await read_body(request, settings.max_body, settings.body_timeout_s)
         if settings.log_prompts:
             log.info("body: %s", body.decode("utf-8", "replace"))
-        work = _answer(call, kind, handler, body)
-        found = await _guarded(until_gone(request.receive, work, settings.request_timeout_s))
+        client = Client(request.receive)
+        found = await _guarded(client.run(_answer(call, kind, handler, body), settings.request_timeout_s))
     except ApiError as error:
         found = error_response(error)
+    finally:
+        if isinstance(found, EventStream):
+            found.client = client
+        elif client is not None:
+            client.close()
     found.headers["X-Request-Id"] = call.key
     return found
 
 
 async def _answer(call: Call, kind: type[Request], handler: Handler, body: bytes) -> Response:
     _ = call.service.model  # 503 before the body is looked at
-    call.is_large = len(body) > LARGE_BODY
+    call.is_large, call.is_small = len(body) > LARGE_BODY, len(body) <= SMALL_BODY
     parsed = await call.run(parse, kind, body) if call.is_large else parse(kind, body)
     found = await handler(call, parsed)
     if parsed.ignored:

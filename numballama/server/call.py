@@ -33,10 +33,17 @@ class Call:
     """A part of the ids of its answers."""
     is_large: bool = False
     """Whether the body is so large that work on it takes long."""
+    is_small: bool = False
+    """Whether the body is so small that work on it is done at once."""
 
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """As `Service.run`, or `run_slowly` for a large body: for work that grows with it."""
         run = self.service.run_slowly if self.is_large else self.service.run
+        return await run(work, *arguments, **options)
+
+    async def run_short(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """As `Service.run_short` for a small body, and as `run` for another one."""
+        run = self.service.run_short if self.is_small else self.run
         return await run(work, *arguments, **options)
 
     async def generate(

@@ -12,7 +12,7 @@ from . import chat_core
 from .call import Call, chunk_writer, usage_chunk
 from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .content_tokens import Written
-from .http import DONE, JsonResponse
+from .http import DONE, JsonResponse, stream_of
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
@@ -106,19 +106,21 @@ def _call(call_id: str, name: str, text: str, custom: bool) -> dict[str, Any]:
     return {"id": call_id, "type": kind, kind: {"name": name, argument: text}}
 
 
-async def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> AsyncGenerator[bytes, None]:
+def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage)
     chunk = chunk_writer(call, CHUNK_KIND, name, with_usage)
-    for index in range(chat.generation.choices):
-        yield chunk(_choice(index, {"role": "assistant", "content": ""}, None))
-    async for batch in chat.pieces():
-        if data := b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found)):
-            yield data
-    if with_usage:
-        yield usage_chunk(call, CHUNK_KIND, name, chat.usage())
-    yield DONE
+    roles = (_choice(index, {"role": "assistant", "content": ""}, None) for index in range(chat.generation.choices))
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        async for batch in chat.pieces():
+            yield b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found))
+
+    def last() -> bytes:
+        return (usage_chunk(call, CHUNK_KIND, name, chat.usage()) if with_usage else b"") + DONE
+
+    return stream_of(b"".join(map(chunk, roles)), parts(), lambda: chat.ended, last)
 
 
 def _deltas(call: Call, request: ChatRequest, found: ChatPiece) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ class ChatAnswers:
             async for pieces in self.generation.pieces():
                 if found := [self._read(piece) for piece in pieces if piece.choice in self._open]:
                     yield found
-                if not self._open:
+                if self.ended and not self.generation.all_ended:  # else it ends by itself
                     break
         except ApiError:
             raise
@@ -145,12 +145,28 @@ class ChatAnswers:
                 self._undecided[piece.choice] += 1
         return events
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last piece of every answer has been yielded: `usage` does not change any more."""
+        return not self._open
+
     def usage(self) -> dict[str, Any]:
         """Tokens, in OpenAI's shape."""
         return {
             **self.generation.usage(),
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
+
+
+@dataclass
+class _Prepared:
+    """What is submitted for a request."""
+
+    ids: list[int]
+    params: SamplingParams
+    parsers: list[Parser]
+    forced: dict[str, str]
+    """As `forced_call` returns it."""
 
 
 async def start(
@@ -160,29 +176,20 @@ async def start(
 
     `messages_field`: the client's name for the conversation. `content_tokens`: as in `ChatAnswers`.
     """
-    service, n = call.service, request.n or 1
-    limit_field, limit = token_limit(request)
+    service = call.service
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
     offered = offered_tools(request)
     callable_ = callable_tools(request, offered)
-    ids = await call.run(prompt_ids, service, request, messages_field)
-    form = service.tool_format
-    thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
-    forced = await call.run(forced_call, form, request, offered, thinking)
-    params = sampling_params(request, limit, logprobs, limit_field, **forced)
-    if params.is_constrained and not forced:
-        thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
-    try:
-        parsers = await call.run(form.parsers, plain_tools(callable_), n, thinking)
-    except Error as error:
-        raise refused(error, "tools") from None
+    is_plain = not (request.tools or request.chat_template_kwargs or restriction_fields(request))
+    run = call.run_short if is_plain else call.run
+    ready = await run(_prepare, service, request, messages_field, offered, callable_)
+    forced = ready.forced
     fields = dict.fromkeys(forced, "tools")
-    shown = form.shown_tokens(offered is not None)
+    shown = service.tool_format.shown_tokens(offered is not None)
     new_text = not request.continue_final_message
     try:
-        generation = await call.generate(request, [ids], params, messages_field, new_text, shown, fields)
+        generation = await call.generate(request, [ready.ids], ready.params, messages_field, new_text, shown, fields)
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
@@ -190,12 +197,38 @@ async def start(
         raise await work from None
     return ChatAnswers(
         generation,
-        parsers,
+        ready.parsers,
         one_call=request.parallel_tool_calls is False,
         content_tokens=content_tokens,
         only_calls=must_call(request),
         custom_tools=custom_names(request.tools),
     )
+
+
+def _prepare(
+    service: Service,
+    request: ChatRequest,
+    messages_field: str,
+    offered: list[Tool] | None,
+    callable_: list[Tool] | None,
+) -> _Prepared:
+    """The prompt of a chat, and what its answers are generated and read with. Raises `ApiError`."""
+    limit_field, limit = token_limit(request)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    ids = prompt_ids(service, request, messages_field)
+    form = service.tool_format
+    thinking = form.reasoning is not None and form.opens_reasoning(
+        "".join(token_text(service.tokenizer, token) for token in ids[-TAIL:])
+    )
+    forced = forced_call(form, request, offered, thinking)
+    params = sampling_params(request, limit, logprobs, limit_field, **forced)
+    if params.is_constrained and not forced:
+        thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
+    try:
+        parsers = form.parsers(plain_tools(callable_), request.n or 1, thinking)
+    except Error as error:
+        raise refused(error, "tools") from None
+    return _Prepared(ids, params, parsers, forced)
 
 
 # Tools

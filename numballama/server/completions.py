@@ -13,7 +13,7 @@ from ..errors import Error
 from .call import Call, chunk_writer, usage_chunk
 from .errors import ApiError, refused
 from .generation import Generation, Piece, whole_texts
-from .http import DONE, JsonResponse
+from .http import DONE, JsonResponse, stream_of
 from .logprobs import completion_logprobs
 from .params import sampling_params, token_limit
 from .protocol import CompletionRequest
@@ -38,7 +38,7 @@ async def answer(call: Call, request: CompletionRequest) -> Response:
         raise ApiError(f"best_of must be n, {n}, found {request.best_of}", param="best_of", code="unsupported_value")
     limit_field, limit = token_limit(request)
     params = sampling_params(request, DEFAULT_MAX_TOKENS if limit is None else limit, request.logprobs, limit_field)
-    prompts = await call.run(_encode, call, request)
+    prompts = await call.run_short(_encode, call, request)
     echo = await _echo(call, request, prompts) if request.echo else None
     generation = await call.generate(request, prompts, params, "prompt")
     try:
@@ -109,7 +109,7 @@ def _prompt_logprobs(call: Call, ids: list[int], top: int) -> list[TokenLogprobs
     return prompt_logprobs(call.service.model.logits(ids), ids, top)
 
 
-async def _events(
+def _events(
     call: Call, request: CompletionRequest, generation: Generation, echo: Echo | None, name: str, n: int
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
@@ -117,20 +117,24 @@ async def _events(
     with_usage = options is not None and bool(options.include_usage)
     chunk = chunk_writer(call, KIND, name, with_usage)
     lengths = [0] * generation.choices
+    first = b""
     if echo is not None:
         for index in range(generation.choices):
             text, lengths[index] = echo.texts[index // n], len(echo.texts[index // n])
             logprobs = None
             if request.logprobs is not None:
                 logprobs = _logprobs(call, [], [], 0, echo, index // n)
-            yield chunk(_choice(index, text, logprobs))
-    async for pieces in generation.pieces():
-        choices = [_streamed(call, request, piece, lengths) for piece in pieces]
-        if data := b"".join(chunk(choice) for choice in choices if choice is not None):
-            yield data
-    if with_usage:
-        yield usage_chunk(call, KIND, name, generation.usage())
-    yield DONE
+            first += chunk(_choice(index, text, logprobs))
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        async for pieces in generation.pieces():
+            choices = [_streamed(call, request, piece, lengths) for piece in pieces]
+            yield b"".join(chunk(choice) for choice in choices if choice is not None)
+
+    def last() -> bytes:
+        return (usage_chunk(call, KIND, name, generation.usage()) if with_usage else b"") + DONE
+
+    return stream_of(first, parts(), lambda: generation.all_ended, last)
 
 
 def _streamed(call: Call, request: CompletionRequest, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:

@@ -14,6 +14,10 @@ from ..structured.constraint import GrammarError
 from .errors import ApiError, engine_failed, failed, refused
 from .service import DRAINING, Service, Ticket
 
+SHORT_PROMPTS = 4096
+"""Tokens of a request's prompts, times `n`, that are submitted on the event loop at most: the engine checks and copies
+them, and holds its lock for a few instructions only."""
+
 
 @dataclass
 class Piece:
@@ -76,6 +80,11 @@ class Generation:
         """Number of texts."""
         return len(self._choices)
 
+    @property
+    def all_ended(self) -> bool:
+        """Whether the last piece of every text has been yielded: `usage` does not change any more."""
+        return self._finished == len(self._choices)
+
     @classmethod
     async def start(
         cls,
@@ -120,9 +129,10 @@ class Generation:
             )
 
         run = service.run_slowly if params.is_constrained else service.run
+        is_short = not params.is_constrained and params.n * self.prompt_tokens <= SHORT_PROMPTS
         try:
             for number in range(len(prompts)):
-                self._requests.append(await run(submit, number))
+                self._requests.append(submit(number) if is_short else await run(submit, number))
         except BaseException as error:
             self.cancel()
             if not isinstance(error, Exception) or isinstance(error, ApiError):
@@ -167,12 +177,14 @@ class Generation:
             if len(self._requests) == 1:
                 async for responses in self._requests[0].batches():
                     yield self._join(0, responses)
-                    await self._service.pause()
+                    if not self.all_ended:
+                        await self._service.pause()
             else:
                 async for number, responses in self._merged():
                     yield self._join(number, responses)
-                    await self._service.pause()
-            if self._was_ended:
+                    if not self.all_ended:
+                        await self._service.pause()
+            if self._was_ended and not self.all_ended:
                 raise ApiError(DRAINING, 503, code="draining", retry_after=5)
             if left := [n for n, choice in enumerate(self._choices) if not choice.tokens]:  # max_tokens is 0
                 yield [Piece(choice, finish_reason="length") for choice in left]

@@ -1,4 +1,4 @@
-"""Bodies, answers, streams of events, and what happens when a client is gone."""
+"""Bodies, answers, and streams of events."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from .client import Client, ClientGoneError, Section
 from .errors import ApiError, failed
 
 log = logging.getLogger("numballama.server")
-
-T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -29,14 +28,12 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """nginx would otherwise hold events back."""
 
 
-class ClientGoneError(Exception):
-    """The client has closed its connection: nobody reads an answer."""
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def dumps(value: object) -> bytes:
     """The value as JSON in UTF-8. A lone surrogate, which a request may contain, becomes a question mark."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 def number(value: float) -> float | None:
@@ -74,60 +71,48 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     kind = request.headers.get("content-type", unnamed).partition(";")[0].strip().lower()
     if not (kind == "application/json" or kind.endswith("+json")):
         raise ApiError(f"Content-Type must be application/json, found {kind}", 415, code="unsupported_media_type")
-    too_large = ApiError(f"a body may have {limit:,} bytes", 413, code="request_too_large")
+    too_large = f"a body may have {limit:,} bytes"
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limit:
-        raise too_large
+        raise ApiError(too_large, 413, code="request_too_large")
     body = bytearray()
-
-    async def read() -> None:
+    with Section() as section:
+        late = f"the body did not arrive within {timeout_s:g} s"
+        section.limit(timeout_s, ApiError(late, 408, code="request_timeout"))
         while True:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             body.extend(message.get("body", b""))
             if len(body) > limit:
-                raise too_large
+                raise ApiError(too_large, 413, code="request_too_large")
             if not message.get("more_body", False):
-                return
-
-    try:
-        await asyncio.wait_for(read(), timeout_s)
-    except asyncio.TimeoutError:
-        raise ApiError(f"the body did not arrive within {timeout_s:g} s", 408, code="request_timeout") from None
-    return bytes(body)
+                return bytes(body)
 
 
-async def disconnected(receive: Receive) -> None:
-    """Return when the client is gone. The body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class LastEvent(bytes):
+    """The last events of a stream: the end of the answer is sent with them."""
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-    """The result of `work`, which is cancelled when the client is gone or after `timeout_s`.
+async def stream_of(
+    first: bytes, events: AsyncGenerator[bytes, None], ended: Callable[[], bool], last: Callable[[], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """A stream's events. Each costs a call of the system, so `first` goes out with the first of `events`.
 
-    Raises `ClientGoneError`, or `ApiError` 504.
+    What they yield when `ended` says that no answer goes on goes out with `last`.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected(receive))
+    held = first
     try:
-        await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError if gone.done() else _timed_out(timeout_s)
-    finally:
-        await _end(task, gone)
-
-
-def _timed_out(timeout_s: float) -> ApiError:
-    return ApiError(f"the answer was not complete within {timeout_s:g} s", 504, code="timeout")
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        async for data in events:
+            held += data
+            if data and not ended():
+                yield held
+                held = b""
+    except Exception:
+        if held:
+            yield held
+        raise
+    yield LastEvent(held + last())
 
 
 class EventStream(Response):
@@ -138,6 +123,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    client: Client | None = None
+    """Who waits for it, if that is known already."""
 
     def __init__(
         self,
@@ -152,45 +139,75 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events, self._close, self._on_error = events, close, on_error
         self._timeout_s, self._keep_alive_s = timeout_s, keep_alive_s
-        self._sent = time.monotonic()
+        self._complete = False
+        """Whether the end of the answer has been sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deadline = time.monotonic() + self._timeout_s
-
-        async def send_all() -> None:
-            async for data in self._events:
-                self._sent = time.monotonic()
-                await send(_body(data, True))
-
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        work = asyncio.ensure_future(send_all())
-        gone = asyncio.ensure_future(disconnected(receive))
+        client = self.client or Client(receive)
+        comments = _Comments(send, self._keep_alive_s)
         last = b""
         try:
-            while not (work.done() or gone.done()):
-                now = time.monotonic()
-                if now >= deadline:
-                    last = self._on_error(_timed_out(self._timeout_s))
-                    break
-                if now - self._sent >= self._keep_alive_s:
-                    self._sent = now
-                    await _send_within(send, _body(KEEP_ALIVE, True), deadline - now)
-                wait_s = min(deadline, self._sent + self._keep_alive_s) - now
-                await asyncio.wait({work, gone}, timeout=max(wait_s, 0.01), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await client.run(self._send_all(send, comments), self._timeout_s)
+        except ClientGoneError:
+            pass
         except ApiError as error:
             last = self._on_error(error)
         except Exception as error:
             log.exception("a stream failed")
             last = self._on_error(failed(error))
         finally:
-            is_gone = gone.done()
-            await _end(work, gone)
+            client.close()
+            await comments.end()
             await self._events.aclose()
             self._close()  # generators that have not begun do nothing when they are closed
-        if not is_gone:
+        if not (client.gone or self._complete):
             await _send_within(send, _body(last, False), LAST_S)
+
+    async def _send_all(self, send: Send, comments: _Comments) -> None:
+        async for data in self._events:
+            if isinstance(data, LastEvent):
+                await comments.end()
+                await send(_body(data, False))
+                self._complete = True
+                break
+            comments.restart()
+            await send(_body(data, True))
+
+
+class _Comments:
+    """Sends a comment whenever `restart` was not called for some time."""
+
+    def __init__(self, send: Send, after_s: float) -> None:
+        self._send, self._after_s = send, after_s
+        self._loop = asyncio.get_running_loop()
+        self._sent = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(after_s, self._look)
+
+    def restart(self) -> None:
+        """Something else is sent now."""
+        self._sent = time.monotonic()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._sent >= self._after_s and (self._task is None or self._task.done()):
+            self._sent = now
+            self._task = asyncio.ensure_future(_send_comment(self._send))
+        wait_s = max(self._sent + self._after_s - now, 0.01)
+        self._timer = self._loop.call_later(wait_s, self._look)
+
+    async def end(self) -> None:
+        """Send none any more."""
+        self._timer.cancel()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _send_comment(send: Send) -> None:
+    await send(_body(KEEP_ALIVE, True))
 
 
 async def _send_within(send: Send, message: Message, timeout_s: float) -> None:

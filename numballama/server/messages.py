@@ -30,7 +30,7 @@ from .fields import (
     StopString,
     Text,
 )
-from .http import JsonResponse, event
+from .http import JsonResponse, event, stream_of
 from .protocol import NO_CODE, ChatRequest, Message, ResponseFormat, Schema, check_count
 from .tool_fields import CustomCall, CustomTool, Function, FunctionCall, FunctionChoice, NamedTool, Tool, ToolCall
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
@@ -325,18 +325,25 @@ def _event(kind: str, **data: Any) -> bytes:
     return event({"type": kind, **data}, kind)
 
 
-async def _events(call: Call, chat: ChatAnswers) -> AsyncGenerator[bytes, None]:
+def _events(call: Call, chat: ChatAnswers) -> AsyncGenerator[bytes, None]:
     """The events of a stream. The first does not know yet what is cached; the last has all figures."""
     writer, stopped = _Writer(), _stopped("length", None)
     nothing: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
-    yield _event("message_start", message=_message(call, chat, [], nothing))
-    async for batch in chat.pieces():
-        for found in batch:
-            if data := b"".join(map(writer.write, found.events)):
-                yield data
-            if found.finish_reason is not None:
-                stopped = _stopped(found.finish_reason, found.stop_reason)
-    yield writer.close() + _event("message_delta", delta=stopped, usage=_usage(chat)) + _event("message_stop")
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        nonlocal stopped
+        async for batch in chat.pieces():
+            for found in batch:
+                if found.finish_reason is not None:
+                    stopped = _stopped(found.finish_reason, found.stop_reason)
+            yield b"".join(writer.write(each) for found in batch for each in found.events)
+
+    def last() -> bytes:
+        return writer.close() + _event("message_delta", delta=stopped, usage=_usage(chat)) + _event("message_stop")
+
+    return stream_of(
+        _event("message_start", message=_message(call, chat, [], nothing)), parts(), lambda: chat.ended, last
+    )
 
 
 def _error_event(error: ApiError) -> bytes:

@@ -27,8 +27,9 @@ from ..errors import Error
 from .affinity import choose, routing_key
 from .app import create_app
 from .call import openai_error
+from .client import ClientGoneError
 from .errors import ApiError
-from .http import ClientGoneError, error_response, event, read_body
+from .http import error_response, event, read_body
 from .metrics import Merged
 from .run import Address, check_tls, curl_line, listen, prepare_log, protected
 from .service import DRAINING

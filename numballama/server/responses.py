@@ -16,7 +16,7 @@ from .chat_core import ChatAnswers, ChatFinishReason
 from .content_tokens import Written
 from .errors import ApiError
 from .fields import RequestPart
-from .http import JsonResponse, event
+from .http import JsonResponse, event, stream_of
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest, Message, ResponseFormat, Schema, check_count
 from .responses_protocol import (
@@ -378,21 +378,24 @@ class _Writer:
         return data
 
 
-async def _events(
-    call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _Writer
-) -> AsyncGenerator[bytes, None]:
+def _events(call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _Writer) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     started = _response(call, request, chat, [], None)
-    yield writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
+    first = writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
     reason: ChatFinishReason = "length"
-    async for batch in chat.pieces():
-        for found in batch:
-            if data := writer.write(found.events, found.content_tokens):
-                yield data
-            reason = found.finish_reason or reason
-    if writer.is_empty:
-        yield writer.write([Content("")])
-    status = "incomplete" if reason == "length" else "completed"
-    yield writer.close(status)
-    writer.response = _response(call, request, chat, writer.items, reason)
-    yield writer.event(f"response.{status}", response=writer.response)
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        nonlocal reason
+        async for batch in chat.pieces():
+            for found in batch:
+                reason = found.finish_reason or reason
+            yield b"".join(writer.write(found.events, found.content_tokens) for found in batch)
+
+    def last() -> bytes:
+        data = writer.write([Content("")]) if writer.is_empty else b""
+        status = "incomplete" if reason == "length" else "completed"
+        data += writer.close(status)
+        writer.response = _response(call, request, chat, writer.items, reason)
+        return data + writer.event(f"response.{status}", response=writer.response)
+
+    return stream_of(first, parts(), lambda: chat.ended, last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import ipaddress
 import json
 import logging
@@ -11,13 +13,14 @@ import ssl
 import sys
 import time
 from asyncio import BaseTransport, Protocol, TimerHandle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import Error
 from .app import create_app
@@ -36,6 +39,10 @@ log = logging.getLogger("numballama.server")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 CANCELLED_WITHIN_S = 2
 """Seconds that uvicorn gives requests which are still running after the time to drain."""
+MAX_HEAD = 1 << 16
+"""Bytes of a request's head."""
+GC_THRESHOLD = 20_000
+"""Objects that may be made between two collections."""
 LOADED_WITHIN_S = 5
 """After a signal: seconds that a model which is being loaded may take before the process ends without it."""
 
@@ -96,13 +103,40 @@ class Server(uvicorn.Server):
 
 
 def connection_class(head_s: float) -> type[Protocol]:
-    """uvicorn's class of a connection, with our answer to what is no HTTP.
+    """A class of connections: with httptools where it is installed, otherwise with h11."""
+    quick, slow = _connection_class(AutoHTTPProtocol, head_s), _connection_class(H11Protocol, head_s)
+    if AutoHTTPProtocol is H11Protocol:
+        return slow
 
-    A connection ends when the head of a request takes longer than `head_s` to arrive.
+    class Either(quick):  # type: ignore[misc, valid-type]
+        def data_received(self, data: bytes) -> None:
+            # httptools drops the body of a request that asks for HTTP/2, as Java's client does with each
+            if self._waits and not self._inside and b"\r\nupgrade:" in data.lower():
+                self._unset_timer()
+                self.connections.discard(self)
+                other = slow(self.config, self.server_state, self.app_state)
+                other.connection_made(self.transport)
+                self.transport.set_protocol(other)
+                other.data_received(data)
+            else:
+                super().data_received(data)
+
+    return Either
+
+
+def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
+    """One of uvicorn's classes of connections, with our answer to what is no HTTP.
+
+    A connection ends when the head of a request takes longer than `head_s` to arrive. It ends with httptools, too, when
+    `MAX_HEAD` bytes have come that are neither a whole head nor of a body; h11 sees to that itself.
     """
 
-    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class Connection(base):  # type: ignore[misc, valid-type]
         _timer: TimerHandle | None = None
+        _unread = 0
+        """With httptools: bytes of a request since its beginning, or since the last of its body."""
+        _inside, _has_body = False, False
+        """With httptools: whether a request has begun and not ended; whether a part of its body has just come."""
 
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
@@ -110,7 +144,25 @@ def connection_class(head_s: float) -> type[Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            self._unread = self._unread + len(data) if self._inside and not self._has_body else 0
+            self._has_body = False
+            if self._unread > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response("")
             self._watch()
+
+        # What httptools calls
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._inside = True
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            self._has_body = True
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._inside = False
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._unset_timer()
@@ -170,19 +222,39 @@ def serve(
     url = replace(address, port=listener.getsockname()[1]).url
 
     def announce() -> None:
+        gc.collect()
+        gc.freeze()  # the garbage collector passes over what lives as long as the model
         show(f"numballama serves {service.name} at {url}")
         show(curl_line(url, settings))
 
-    loader = ModelLoader(load, service, announce, server.drain)
+    def load_anew() -> Model:
+        gc.unfreeze()
+        gc.collect()  # what is left of a model before
+        return load()
+
+    loader = ModelLoader(load_anew, service, announce, server.drain)
     show(f"loading the model; {url}/health says when it is ready")
     loader.start()
-    server.run(sockets=[listener])
+    with rare_collections():
+        server.run(sockets=[listener])
     if not loader.stop(LOADED_WITHIN_S):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     if loader.error is not None:
         raise loader.error
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let the garbage collector run less often during the block. What was frozen in it is not frozen after it."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD, *threshold[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
 
 
 def protected(settings: Settings, address: Address) -> Settings:

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer
@@ -32,6 +32,8 @@ THREADS = 4
 """Threads that tokenise and render templates."""
 SLOW_THREADS = 2
 """Threads for what may take seconds: grammars and large bodies. Other requests do not wait for them."""
+SHORT_S = 0.004
+"""Seconds of short work at most, that the event loop does itself."""
 EVENTS_PER_S = 2000
 """Events that all streams together send: 64 streams have one every 32 ms."""
 SHORTEST_PAUSE_S = 0.001
@@ -105,6 +107,11 @@ class Service:
         self.admission = Admission(0, 1, 0)
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
         self._slow_pool = ThreadPoolExecutor(SLOW_THREADS, "numballama server, slow")
+        self._jobs: set[Future[Any]] = set()
+        """What threads are doing, or will; without short work that waits for other work only."""
+        self._is_short = False
+        """Whether short work is short. The first loads and compiles what later ones need."""
+        self._was_long = True
 
     def ready(self, model: Model) -> None:
         """The model is loaded: start its engine's thread, and answer requests from now on.
@@ -216,11 +223,38 @@ class Service:
 
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments, **options))
+        return await self._in_thread(self._pool, partial(work, *arguments, **options))
 
     async def run_slowly(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The same for what may take seconds: it waits for a thread of the few that others do not need."""
-        return await asyncio.get_running_loop().run_in_executor(self._slow_pool, partial(work, *arguments, **options))
+        return await self._in_thread(self._slow_pool, partial(work, *arguments, **options))
+
+    async def run_short(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """The same for work on a short prompt: on the event loop itself, which costs less than a thread.
+
+        Not while a thread is at work, since that may hold the lock of a template for long; and not after such work has
+        taken longer than `SHORT_S` twice in a row: once, another thread may have run meanwhile.
+        """
+        if self._jobs and self._is_short:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments, **options))
+
+        def timed(clock: Callable[[], float]) -> T:
+            started = clock()
+            try:
+                return work(*arguments, **options)
+            finally:
+                was_long, self._was_long = self._was_long, clock() - started > SHORT_S
+                self._is_short = not (self._was_long and (was_long or not self._is_short))
+
+        if self._is_short:
+            return timed(time.perf_counter)
+        return await self.run(timed, time.thread_time)  # a slow clock
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        job = pool.submit(work)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)  # also if nobody waits any more
+        return await asyncio.wrap_future(job)
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""

@@ -70,7 +70,7 @@ ORDER = """
     explain: values tokens terminal html explanation
     model importance
     doctor: packages cache check cpu links gpu report
-    server: settings errors tools.definitions tools.events tools.custom fields tool_fields protocol params http \
+    server: settings errors tools.definitions tools.events tools.custom fields tool_fields protocol params client http \
             metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats page.markdown \
             service generation logprobs call completions content_tokens custom_tools chat_core chat \
             responses_protocol responses messages tokens answers openapi guard app loader run affinity ray_app
@@ -353,7 +353,7 @@ TESTED_ELSEWHERE = {
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
     "tests/unit/server/test_app.py: around every request": """
-        server.call server.generation server.guard server.service server.settings
+        server.call server.generation server.guard server.settings
     """,
     "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }

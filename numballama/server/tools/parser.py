@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .call import CallReader, Status
 from .events import CallArguments, CallStart, Content, Event, Reasoning, merge
@@ -42,9 +43,9 @@ _ALPHABET = string.ascii_letters + string.digits
 
 
 class _Markers:
-    """Finds the first of some markers."""
+    """Finds the first of some markers. Those of a model are the same for all answers: see `_markers`."""
 
-    def __init__(self, markers: Sequence[str]) -> None:
+    def __init__(self, markers: tuple[str, ...]) -> None:
         self.pattern = re.compile(
             "|".join(map(re.escape, sorted(filter(None, markers), key=len, reverse=True))) or "(?!)"
         )
@@ -57,6 +58,9 @@ class _Markers:
             if data[start:] in self._beginnings:
                 return start
         return len(data)
+
+
+_markers = lru_cache(64)(_Markers)
 
 
 class Parser:
@@ -75,8 +79,8 @@ class Parser:
     ) -> None:
         self._dialect, self._names, self._reasoning = dialect, frozenset(names), reasoning
         self._opens = dialect.opens if names else ()
-        self._begins, self._ends = _Markers(dialect.opens), _Markers((*dialect.opens, dialect.close))
-        self._reasoning_ends = _Markers(reasoning[1:] if reasoning else ())
+        self._begins, self._ends = _markers(dialect.opens), _markers((*dialect.opens, dialect.close))
+        self._reasoning_ends = _markers(reasoning[1:] if reasoning else ())
         self._bare = dialect.bare and bool(names)
         self._forbidden = "".join({marker[0] for marker in (*dialect.opens, dialect.close) if marker} - {"[", "{", '"'})
         self._held, self._wait = "", False

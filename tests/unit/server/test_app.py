@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -129,6 +131,47 @@ def test_what_is_no_http(server: Running, sent: bytes) -> None:
     head, _, body = data.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     ErrorAnswer.model_validate(json.loads(body), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("sent", "more"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nX: ", b"x"),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n", b"X: y\r\n"),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"X: y\r\n"),
+    ],
+)
+def test_a_head_has_a_limit(server: Running, sent: bytes, more: bytes) -> None:
+    """And so have the fields behind a body."""
+
+    def send_much(connection: socket.socket) -> None:
+        for _ in range(1000):
+            connection.sendall(more * (10_000 // len(more)))
+            time.sleep(0.001)
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
+        connection.sendall(sent)
+        with pytest.raises(OSError, match=r"[Bb]roken|reset"):
+            send_much(connection)
+
+
+def test_a_client_that_asks_for_another_protocol(server: Running) -> None:
+    """Java's client asks for HTTP/2 with its requests. It gets an answer in HTTP/1.1, on a kept connection as well."""
+    body = json.dumps({"content": "a"}).encode()
+    fields = {"Content-Type": "application/json", "Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)) as connection:
+        for more in ({}, fields, {}, fields):
+            connection.request("POST", "/tokenize", body, {"Content-Type": "application/json", **more})
+            answer = connection.getresponse()
+            assert answer.status == 200 and json.loads(answer.read())["tokens"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_may_be_larger_than_a_head(server: Running, chunked: bool) -> None:
+    body = json.dumps({"content": "a" * 300_000}).encode()
+    parts = iter([body[at : at + 100_000] for at in range(0, len(body), 100_000)]) if chunked else body
+    answer = server.request("POST", "/tokenize", parts, Content_Type="application/json")  # type: ignore[arg-type]
+    assert answer.status == 200
 
 
 # Keys and hosts

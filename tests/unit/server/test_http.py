@@ -1,4 +1,4 @@
-"""JSON, and work that ends when the client is gone. Streams are tested in `test_app`."""
+"""JSON, and what a stream sends. Whole answers are tested in `test_app`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import AsyncGenerator
 import pytest
 from starlette.types import Message
 
-from numballama.server.errors import ApiError
-from numballama.server.http import ClientGoneError, EventStream, dumps, event, number, until_gone
+from numballama.server.http import EventStream, LastEvent, dumps, event, number, stream_of
 
 
 def test_json() -> None:
@@ -19,30 +18,6 @@ def test_json() -> None:
         dumps(math.nan)
     assert event({"a": 1}, "x") == b'event: x\ndata: {"a":1}\n\n'
     assert [number(value) for value in (1.5, -math.inf, math.nan)] == [1.5, -9999.0, None]
-
-
-@pytest.mark.parametrize("gone", [True, False])
-def test_work_ends_with_its_client(gone: bool) -> None:
-    cancelled: list[bool] = []
-
-    async def work() -> str:
-        try:
-            await asyncio.sleep(60 if gone else 0)
-        except asyncio.CancelledError:
-            cancelled.append(True)
-            raise
-        return "done"
-
-    async def receive() -> Message:
-        await asyncio.sleep(0.01 if gone else 60)
-        return {"type": "http.disconnect"}
-
-    if gone:
-        with pytest.raises(ClientGoneError):
-            asyncio.run(until_gone(receive, work(), 60))
-    else:
-        assert asyncio.run(until_gone(receive, work(), 60)) == "done"
-    assert cancelled == [True] * gone
 
 
 def test_a_stream_that_fails_ends_with_an_event() -> None:
@@ -86,11 +61,53 @@ def test_a_client_that_does_not_read_has_no_more_time(monkeypatch: pytest.Monkey
     assert closed
 
 
-def test_work_has_a_time_limit() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_goes_out_together(fails: bool) -> None:
+    """What comes first goes with the first text and what comes last with the last text. Nothing is lost by an error."""
+    ended = False
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        nonlocal ended
+        for part in (b"", b"a", b"", b"b"):
+            yield part
+        ended = True
+        yield b"c"
+        if fails:
+            raise ValueError("failed")
+
+    async def read() -> list[bytes]:
+        found: list[bytes] = []
+        try:
+            async for data in stream_of(b"1", parts(), lambda: ended, lambda: b"2"):
+                found.append(data)
+        except ValueError:
+            found.append(b"failed")
+        return found
+
+    found = asyncio.run(read())
+    assert found == [b"1a", b"b", b"c", b"failed"] if fails else [b"1a", b"b", b"c2"]
+    assert isinstance(found[-1], LastEvent) is not fails
+
+
+def test_the_end_of_a_stream_is_sent_with_its_last_event() -> None:
+    """No comment comes after it, although one waits for a slow reader."""
+    sent: list[Message] = []
+    reads = asyncio.Event()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.1)
+        asyncio.get_running_loop().call_later(0.1, reads.set)
+        yield LastEvent(b"data: 1\n\n")
+
     async def receive() -> Message:
         await asyncio.sleep(60)
         raise AssertionError
 
-    with pytest.raises(ApiError) as found:
-        asyncio.run(until_gone(receive, asyncio.sleep(60), 0.01))
-    assert found.value.status == 504
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await reads.wait()
+        sent.append(message)
+
+    stream = EventStream(events(), lambda: None, lambda error: dumps(error.body), 60, 0.02)
+    asyncio.run(stream({"type": "http"}, receive, send))
+    assert [message.get("body") for message in sent] == [None, b"data: 1\n\n"] and sent[1]["more_body"] is False

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from numballama.tokenizers.base import PieceType, Tokenizer
+from numballama.tokenizers import gguf
+from numballama.tokenizers.base import PieceType, Tokenizer, Vocabulary
+from numballama.tokenizers.gguf import GgufTokenizer
 from numballama.tokenizers.sentencepiece_proto import message_fields
 from tests.helpers.sentencepiece_models import WORDS, through_gguf, trained
 
@@ -72,3 +74,40 @@ def test_pieces_of_the_users_own_come_first(tmp_path: Path) -> None:
     assert ours.decode([*once, sep, spaces]) == "once<sep>  "
     assert library.vocabulary().types[sep] == PieceType.USER_DEFINED
     assert ours.encode("<s>red<sep></s>", bos=False, special=True) == [1, *red, sep, 2]
+
+
+def _made_of(pieces: str) -> GgufTokenizer:
+    """Pieces that are separated by spaces; earlier ones are merged first. The first is the unknown token."""
+    written = [piece.encode() for piece in pieces.split()]
+    types = [PieceType.UNKNOWN] + [PieceType.NORMAL] * (len(written) - 1)
+    scores = [-float(number) for number in range(len(written))]
+    return GgufTokenizer(Vocabulary(written, scores, types, None, None, 0, add_bos=False))
+
+
+WORD_PIECES = "? ▁▁ ▁▁▁ ▁ab ▁a ab bc a b c ▁"
+
+
+@given(text=st.text("abc d▁", max_size=40))
+def test_words_are_merged_as_in_the_whole_text(text: str) -> None:
+    """Also where a word was seen before, a run of spaces is a piece, and unknown characters come together."""
+    whole = _made_of(WORD_PIECES)
+    whole.__dict__["_words_are_separate"] = False
+    words = _made_of(WORD_PIECES)
+    assert words._words_are_separate
+    expected = whole.encode(text)
+    assert words.encode(text) == expected and words.encode(text) == expected
+
+
+def test_a_piece_may_reach_over_the_end_of_a_word() -> None:
+    tokenizer = _made_of("? a▁b a▁ ▁a a b ▁")
+    assert list(map(tokenizer.piece, tokenizer.encode("b a b"))) == ["▁", "b", "▁", "a▁b"]
+
+
+def test_not_all_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MOST_WORDS", 2)
+    tokenizer = _made_of(WORD_PIECES)
+    for text in ("a", "ab", "abc", "a" * gguf.LONGEST_WORD, "bc"):
+        assert list(map(tokenizer.piece, tokenizer.encode(text))) == list(
+            map(tokenizer.piece, _made_of(WORD_PIECES).encode(text))
+        )
+        assert len(tokenizer._words) <= 2 and all(len(word) <= gguf.LONGEST_WORD for word in tokenizer._words)
