@@ -233,6 +233,13 @@ class Generation:
         now = time.monotonic()
         if number not in self._begun:
             self._begin(number, responses[0], now)
+        if self._n == 1:
+            last = responses[-1]
+            texts = [response.text for response in responses]
+            tokens, logprobs = [each.token for each in responses], [each.logprobs for each in responses]
+            only = Piece(number, "".join(texts), texts, tokens, logprobs, last.finish_reason, last.stop_reason)
+            self._count(only, now)
+            return [only]
         pieces: dict[int, Piece] = {}
         for response in responses:
             choice = number * self._n + response.index
@@ -267,8 +274,8 @@ class Generation:
         count = len(piece.tokens)
         if not choice.tokens:
             choice.first = choice.latest = now
-        for _ in range(count if choice.tokens else count - 1):  # tokens that came together share the time
-            metrics.inter_token.observe((now - choice.latest) / count)
+        if times := count if choice.tokens else count - 1:  # tokens that came together share the time
+            metrics.inter_token.observe((now - choice.latest) / count, times)
         choice.tokens += count
         choice.latest = now
         if piece.finish_reason is not None:

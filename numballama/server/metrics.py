@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -53,7 +55,8 @@ class Metrics:
         self.first_token = histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token", SECONDS
         )
-        self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of one text", TOKEN_SECONDS)
+        self.inter_token = TokenTimes(name, TOKEN_SECONDS)
+        self._registry.register(self.inter_token)
         self.end_to_end = histogram(
             "e2e_request_latency_seconds", "From the request's arrival to its last token", REQUEST_SECONDS
         )
@@ -76,6 +79,30 @@ class Metrics:
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class TokenTimes(Collector):
+    """The histogram of times between tokens. A piece of a text has several that share a time, and counts them at once.
+
+    It is written by the event loop's thread only.
+    """
+
+    def __init__(self, model_name: str, bounds: Sequence[float]) -> None:
+        self._model_name, self._bounds = model_name, tuple(bounds)
+        self._counts, self._sum = [0] * (len(self._bounds) + 1), 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """`times` tokens came so long after the one before."""
+        self._counts[bisect_left(self._bounds, seconds)] += times
+        self._sum += seconds * times
+
+    def collect(self) -> Iterator[Metric]:
+        found = HistogramMetricFamily(
+            f"{PREFIX}inter_token_latency_seconds", "Between tokens of one text", labels=["model_name"]
+        )
+        totals = zip([*(str(float(bound)) for bound in self._bounds), "+Inf"], accumulate(self._counts), strict=True)
+        found.add_metric([self._model_name], [(bound, total) for bound, total in totals], self._sum)
+        yield found
 
 
 class EngineFigures(Collector):

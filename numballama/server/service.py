@@ -34,8 +34,8 @@ SLOW_THREADS = 2
 """Threads for what may take seconds: grammars and large bodies. Other requests do not wait for them."""
 SHORT_S = 0.004
 """Seconds of short work at most, that the event loop does itself."""
-EVENTS_PER_S = 2000
-"""Events that all streams together send: 64 streams have one every 32 ms."""
+EVENTS_PER_S = 1000
+"""Events that all streams together send: 16 streams have one every 16 ms, 64 streams one every 64 ms."""
 SHORTEST_PAUSE_S = 0.001
 LOADING, DRAINING = "the model is being loaded", "the server is shutting down"
 

@@ -49,10 +49,11 @@ ORDER = """
             vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 collectives ops sampling executor \
             bandwidth timing backend
     cuda: repack launch lowering intrinsics system_memory quant_traits kernels.params mma fragments group_mma \
-            barriers wgmma tma ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny \
+            barriers clusters wgmma tma ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny \
             ops.linear ops.attention ops.collectives ops.sampling ops.repack kernels.common kernels.reduce \
             kernels.dequant kernels.dot kernels.rounding kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
-            kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.wgmma_loads kernels.wgmma_gemm \
+            kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.block_decode kernels.wgmma_loads \
+            kernels.wgmma_gemm kernels.wide_loads kernels.wide \
             kernels.kv_source kernels.decode_attention kernels.rows_attention kernels.group_queries \
             kernels.group_attention kernels.bulk_attention kernels.prefill_attention kernels.wgmma_attention \
             kernels.logits kernels.sampling kernels.copy kernels.repack kernels.collectives compiler driver peers \
@@ -340,7 +341,7 @@ def test_old_words_are_gone() -> None:
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
         kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.barriers
-        cuda.wgmma cuda.tma cuda.quant_traits cuda.system_memory
+        cuda.clusters cuda.wgmma cuda.tma cuda.quant_traits cuda.system_memory
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """
         cuda.ops.*

@@ -51,7 +51,7 @@ def merge(events: Iterable[Event]) -> Iterator[Event]:
     for event in events:
         if isinstance(event, CallStart) or not _continues(first, event):
             if first is not None:
-                yield _with_text(first, "".join(texts))
+                yield _with_text(first, texts)
             first, texts = None, []
         if isinstance(event, CallStart):
             yield event
@@ -59,12 +59,12 @@ def merge(events: Iterable[Event]) -> Iterator[Event]:
             first = first or event
             texts.append(event.text)
     if first is not None:
-        yield _with_text(first, "".join(texts))
+        yield _with_text(first, texts)
 
 
 def _continues(first: Event | None, event: Event) -> bool:
     return type(first) is type(event) and getattr(first, "index", None) == getattr(event, "index", None)
 
 
-def _with_text(event: Content | Reasoning | CallArguments, text: str) -> Event:
-    return replace(event, text=text)
+def _with_text(event: Content | Reasoning | CallArguments, texts: list[str]) -> Event:
+    return event if len(texts) == 1 else replace(event, text="".join(texts))
