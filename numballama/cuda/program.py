@@ -189,7 +189,7 @@ class CudaProgram:
             self.run_inputs.tokens,
             self.run_inputs.tiles,
             self._zeros,
-            device.capability == (9, 0) and not backend.batch_invariant,  # which changes kernels from 33 rows on
+            device.capability == (9, 0) and not backend.batch_invariant,  # which changes kernels from 17 rows on
             device.capability >= (9, 0),
             backend.batch_invariant,
             backend.peers,
