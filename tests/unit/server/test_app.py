@@ -422,13 +422,13 @@ def test_metrics(server: Running) -> None:
 
 def test_tokens_that_come_together_are_all_counted() -> None:
     """A reader that is late gets several at once, with the first one too: a text of n tokens has n - 1 latencies."""
-    seen: list[float] = []
-    metrics = SimpleNamespace(inter_token=SimpleNamespace(observe=seen.append))
+    seen: list[tuple[float, int]] = []
+    metrics = SimpleNamespace(inter_token=SimpleNamespace(observe=lambda *each: seen.append(each)))
     choices = [SimpleNamespace(tokens=0, first=0.0, latest=0.0)]
     generation: Any = SimpleNamespace(_service=SimpleNamespace(metrics=metrics), _choices=choices)
     Generation._count(generation, Piece(0, tokens=[1, 2, 3]), 5.0)
     Generation._count(generation, Piece(0, tokens=[4, 5]), 7.0)
-    assert seen == [0, 0, 1, 1]
+    assert seen == [(0, 2), (1, 2)]
 
 
 def test_metrics_count_as_usage_does(server: Running) -> None:

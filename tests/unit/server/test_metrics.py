@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from numballama.server.metrics import Merged
+from numballama.server.metrics import PREFIX, TOKEN_SECONDS, Merged, TokenTimes
 from tests.helpers.http_server import Running
 
 
@@ -21,3 +23,28 @@ def test_the_figures_of_servers_keep_their_values_and_get_a_label(server: Runnin
         figures = {(each.name, frozenset((each.labels | {"replica": name}).items())): each.value for each in one}
         assert figures.items() <= {(each.name, frozenset(each.labels.items())): each.value for each in both}.items()
     assert len(both) == 2 * len(one)
+
+
+def test_times_between_tokens_are_a_histogram_of_prometheus() -> None:
+    """The same samples as of the library's own, which counts one at a time; bounds belong to the bucket below them."""
+    name, text, labels = f"{PREFIX}inter_token_latency_seconds", "Between tokens of one text", ["model_name"]
+    ours, theirs, rng = CollectorRegistry(), CollectorRegistry(), np.random.default_rng(0)
+    times = TokenTimes("m", TOKEN_SECONDS)
+    ours.register(times)
+    theirs_times = Histogram(name, text, labels, buckets=TOKEN_SECONDS, registry=theirs).labels("m")
+    for seconds in [0.0, *TOKEN_SECONDS, 7.0, *rng.exponential(0.1, 50)]:
+        count = int(rng.integers(1, 5))
+        times.observe(seconds, count)
+        for _ in range(count):
+            theirs_times.observe(seconds)
+
+    def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+        families = text_string_to_metric_families(generate_latest(registry).decode())
+        return {
+            (each.name, each.labels.get("le", "")): round(each.value, 9)
+            for family in families
+            for each in family.samples
+            if not each.name.endswith("_created")
+        }
+
+    assert samples(ours) == samples(theirs) and len(samples(ours)) == len(TOKEN_SECONDS) + 3
