@@ -113,6 +113,7 @@ def connection_class(head_s: float) -> type[Protocol]:
             # httptools drops the body of a request that asks for HTTP/2, as Java's client does with each
             if self._waits and not self._inside and b"\r\nupgrade:" in data.lower():
                 self._unset_timer()
+                self._unset_keepalive_if_required()
                 self.connections.discard(self)
                 other = slow(self.config, self.server_state, self.app_state)
                 other.connection_made(self.transport)
@@ -120,6 +121,10 @@ def connection_class(head_s: float) -> type[Protocol]:
                 other.data_received(data)
             else:
                 super().data_received(data)
+
+        def _unsupported_upgrade_warning(self) -> None:
+            # of a head that came in parts, or behind another request: httptools takes its body for a request
+            self.send_400_response("")
 
     return Either
 
@@ -135,8 +140,9 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         _timer: TimerHandle | None = None
         _unread = 0
         """With httptools: bytes of a request since its beginning, or since the last of its body."""
-        _inside, _has_body = False, False
-        """With httptools: whether a request has begun and not ended; whether a part of its body has just come."""
+        _inside, _begins, _has_body = False, False, False
+        """With httptools: whether a request has begun and not ended; whether one has just begun, or a part of its body
+        has come."""
 
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
@@ -144,8 +150,9 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._unread = self._unread + len(data) if self._inside and not self._has_body else 0
-            self._has_body = False
+            goes_on = self._inside and not self._begins and not self._has_body
+            self._unread = self._unread + len(data) if goes_on else 0
+            self._begins = self._has_body = False
             if self._unread > MAX_HEAD and not self.transport.is_closing():
                 self.send_400_response("")
             self._watch()
@@ -154,7 +161,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._inside = True
+            self._inside = self._begins = True
 
         def on_body(self, body: bytes) -> None:
             super().on_body(body)
@@ -222,15 +229,16 @@ def serve(
     url = replace(address, port=listener.getsockname()[1]).url
 
     def announce() -> None:
-        gc.collect()
-        gc.freeze()  # the garbage collector passes over what lives as long as the model
         show(f"numballama serves {service.name} at {url}")
         show(curl_line(url, settings))
 
     def load_anew() -> Model:
         gc.unfreeze()
         gc.collect()  # what is left of a model before
-        return load()
+        model = load()
+        gc.collect()
+        gc.freeze()  # the garbage collector passes over what lives as long as the model
+        return model
 
     loader = ModelLoader(load_anew, service, announce, server.drain)
     show(f"loading the model; {url}/health says when it is ready")

@@ -166,6 +166,28 @@ def test_a_client_that_asks_for_another_protocol(server: Running) -> None:
             assert answer.status == 200 and json.loads(answer.read())["tokens"]
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_body_is_no_request(server: Running, pipelined: bool) -> None:
+    """Also where its head asks for another protocol, and comes in parts or behind another request."""
+    body = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: Upgrade\r\nUpg"
+    rest = b"rade: h2c\r\nContent-Length: %d\r\n\r\n" % len(body)
+    before = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" if pipelined else b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
+        connection.sendall(before + head)
+        time.sleep(0.1)
+        connection.sendall(rest)
+        time.sleep(0.1)
+        answer = b""
+        with contextlib.suppress(OSError):  # it may be closed already
+            connection.sendall(body)
+            connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            while some := connection.recv(1 << 16):
+                answer += some
+    assert b'"object":"list"' not in answer and answer.count(b"HTTP/1.1 200") <= pipelined
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_may_be_larger_than_a_head(server: Running, chunked: bool) -> None:
     body = json.dumps({"content": "a" * 300_000}).encode()
