@@ -360,8 +360,13 @@ class PreparedLaunch:
             attributes = [_early_start()] + [_cluster(launch.cluster)] * (launch.cluster > 0)
             config.attrs, config.numAttrs = attributes, len(attributes)
         if launch.cluster > 0:  # more would begin when the others have done all work
-            most = check(driver.cuOccupancyMaxActiveClusters(kernel.handle, config))
-            config.gridDimX = max(1, min(config.gridDimX, most // config.gridDimY))
+            most = check(driver.cuOccupancyMaxActiveClusters(kernel.handle, config)) // config.gridDimY
+            if most == 0:  # a part of a GPU, which others have the rest of
+                raise DeviceError(
+                    f"{device}: {launch.name} needs {launch.cluster} multiprocessors at once that reach each other, "
+                    f"which it does not have; use a whole GPU, or batch_invariant=True, which uses other kernels"
+                )
+            config.gridDimX = min(config.gridDimX, most)
         self._config = config
 
     def __call__(self) -> None:

@@ -180,7 +180,8 @@ class Launch:
     """The launch is left out of runs that have no such rows."""
     cluster: int = 0
     """Blocks of a cluster, neighbours along blockIdx.z; at most 8, on sm_90 and newer (`clusters`). 0: no clusters.
-    Clusters share their work whatever their number: fewer are launched along x if the device cannot run all at once.
+    The kernel must share its work among gridDim.x clusters, whatever that is: fewer are launched if the device cannot
+    run all at once.
     """
 
     @cached_property

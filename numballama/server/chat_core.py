@@ -86,7 +86,7 @@ class ChatAnswers:
     async def pieces(self) -> AsyncGenerator[list[ChatPiece], None]:
         """Yield what is known of the answers as soon as it is: at most one `ChatPiece` of each at a time.
 
-        Raises `ApiError` 500 when the engine or a parser fails.
+        Raises `ApiError`: 503 when the device fails for good, 500 when a step of the engine or a parser fails.
         """
         try:
             async for pieces in self.generation.pieces():

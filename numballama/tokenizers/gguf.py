@@ -23,7 +23,7 @@ from .scored import MERGED, NO_TOKEN, ScoredTokenizer
 _WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 MOST_WORDS, LONGEST_WORD = 1 << 15, 32
-"""How many words are kept, and of how many characters at most: some 6 MB."""
+"""How many words are kept, and of how many tokens at most: some 6 MB, 15 if a client sends the longest."""
 
 
 class GgufTokenizer(ScoredTokenizer):
@@ -76,7 +76,7 @@ class GgufTokenizer(ScoredTokenizer):
             found = known.get(word)
             if found is None:
                 found = self._encode_word(word)
-                if len(word) <= LONGEST_WORD:
+                if len(found) <= LONGEST_WORD:
                     if len(known) >= MOST_WORDS:
                         known.clear()
                     known[word] = found

@@ -67,7 +67,7 @@ SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
 WIDE_ROWS, WIDE_WIDTHS = 128, (64, 128)
 """Rows of W of a tile; tokens of a block."""
 WIDE_CONSUMERS, WIDE_LOADERS = 256, 256
-"""Threads of a block that multiply; threads that load weights which must be decoded. Of other weights it is a warp."""
+"""Threads of a block that multiply; threads that load weights which must be decoded. A warp loads other weights."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
 

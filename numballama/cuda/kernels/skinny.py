@@ -281,7 +281,7 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
     cp_async_commit()
     cp_async_wait_all()
     cuda.syncthreads()
-    griddepcontrol_launch_dependents()
+    griddepcontrol_launch_dependents()  # not earlier: `skinny_sum` reads residuals before it waits
 
     token_row, odd = x_at + (lane >> 2) * x_row, ((lane >> 2) & 1) << 6
     while tile < tiles:

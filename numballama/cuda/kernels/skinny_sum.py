@@ -55,7 +55,7 @@ def put_row(row, token, here, a, b, rows, kv_rows, outs):
 
 @device
 def silu_and_mul_full(gate, up):
-    """silu(gate) · up without a function call, beside which wgmma runs one at a time."""
+    """silu(gate) · up without a function call: in a kernel with calls the products of wgmma run one at a time."""
     return div_full(gate, np.float32(1) + ex2_approx(-gate * LOG2_E)) * up
 
 

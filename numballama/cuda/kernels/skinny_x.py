@@ -3,7 +3,8 @@
 A slice of a row is multiplied by a power of two that brings its largest element to [2^14, 2^15), so that float16 holds
 it, and rounded by one warp. For few tokens each block rounds its slice itself, on the way to shared memory. For more
 that would take longer than a kernel of its own, after which blocks copy what they need. Both compute the same bits.
-The rest of the norm is a factor for each row, from the slices' sums of squares (`skinny_sum`).
+`wide` has longer slices, each rounded by a block. The rest of the norm is a factor for each row, from the slices' sums
+of squares (`skinny_sum`, `wide`).
 """
 
 from __future__ import annotations

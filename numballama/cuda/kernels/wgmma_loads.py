@@ -1,4 +1,5 @@
-"""Loading for `wgmma_gemm`: how X and W come to a ring of stages in shared memory, 64 columns at a time.
+"""Loading for `wgmma_gemm` (and parts for `wide_loads`): X and W come to a ring of stages in shared memory, 64 columns
+at a time.
 
 A stage is a tile of X, then one of W, swizzled as wgmma reads them. Each has two mbarriers: who multiplies waits on
 `full`, who loads waits on `empty`. A ring is (its shared address, bytes of a stage, stages, address of the first

@@ -1,6 +1,6 @@
 """Linear layers of 17 to 128 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma and TMA: W is streamed once.
 
-A kernel here takes the place of those in `skinny.py` and of `skinny_sum_kernel`: it reads X as `skinny_round_kernel`
+A kernel here takes the place of those in `skinny.py` and of `skinny_sum_kernel`: it reads X as `wide_round_kernel`
 leaves it. W is A of wgmma and X is B, so that all tokens of a run are one product.
 
 - Up to eight blocks, a cluster, have a slice of K each. A cluster computes tiles of 128 rows of W, one after the other;
@@ -16,7 +16,8 @@ Why. mma.sync, as `skinny` and `gemm` use it, multiplies half as fast, and sums 
 many bytes as a third of W. At 64 tokens the floor is memory: weights of 11264 × 2048 in bfloat16 are 46 MB, 11 µs at
 4.05 TB/s. From 129 tokens on `wgmma_gemm` is faster.
 
-How K is divided depends on the weight alone, so a row's bits are the same in runs of any number of tokens.
+How K is divided depends on the weight and on the device, so a row's bits are the same in runs of any number of tokens
+that come here.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def put_factors(at, of_x, slices, width, first_token, tokens):
 @device
 def place_of_part(part, tile, first_token, tokens, paired, sections, heights):
     """Where this lane's part of a unit's results belongs: (number of the weight, its rows, first row, first of two
-    tokens, how many of them exist or less).
+    tokens, how many tokens there are from that one on, which may be none).
     """
     section, inside = section_of(tile, sections[0], sections[1])
     lane = cuda.threadIdx.x & 31

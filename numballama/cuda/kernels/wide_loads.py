@@ -12,10 +12,14 @@ from ..intrinsics import griddepcontrol_wait, no_unroll
 from ..tma import copy_box, fence_tensormap, mbarrier_expect_tx
 from .block_decode import load_block
 from .common import device
+from .params import WGMMA_CONSUMERS, WGMMA_ROWS
+from .params import WGMMA_STEP_COLUMNS as WGMMA_STEP
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_ROWS as ROWS
 from .params import WIDE_STEP_COLUMNS as STEP
 from .wgmma_loads import fetch_weights, next_slot, place_of, put_two, row_addresses
+
+assert (CONSUMERS, ROWS, STEP) == (WGMMA_CONSUMERS, WGMMA_ROWS, WGMMA_STEP), "`wgmma_loads` has the same tiles"
 
 
 @device

@@ -44,6 +44,7 @@ class Division:
 
     @property
     def slice_columns(self) -> int:
+        """Columns of a block; the last may have fewer."""
         return self.slice_steps * WIDE_STEP_COLUMNS
 
 
@@ -66,11 +67,11 @@ def tiles_of(rows: int, kv_rows: int, paired: bool) -> tuple[int, int]:
 def divide(tiles: int, columns: int, n_sms: int) -> Division:
     """The division of K for which all clusters end first."""
     steps, candidates = ceil_div(columns, WIDE_STEP_COLUMNS), []
-    for wanted, fit in FIT.items():
-        each = ceil_div(steps, wanted)
+    for slices, fit in FIT.items():
+        each = ceil_div(steps, slices)
         rounds = ceil_div(tiles, max(1, fit * n_sms // FIT[1]))
-        if ceil_div(steps, each) == wanted <= n_sms and each <= MOST_STEPS:
-            candidates.append((rounds * (each + TILE_STEPS) + SLICE_STEPS * wanted, Division(each, wanted)))
+        if ceil_div(steps, each) == slices <= n_sms and each <= MOST_STEPS:
+            candidates.append((rounds * (each + TILE_STEPS) + SLICE_STEPS * slices, Division(each, slices)))
     return min(candidates, key=lambda found: found[0])[1]
 
 
