@@ -112,15 +112,19 @@ EVERY_TYPE = FAMILIES - {"skinny_64_kernel", "qkv_rope_kernel"}
 `linear_kernel` do."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
-ALSO_BLOCKS = TMA | {"qkv_rope_kernel"}
+WIDE = {"wide_64_kernel", "wide_128_kernel"}
+"""The same for few tokens."""
+ALSO_BLOCKS = TMA | WIDE | {"qkv_rope_kernel"}
 """Kernels that are compiled for their first type and for one whose blocks they decode."""
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
 OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
 """Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
 BULK = {"attention_bulk_64_kernel", "attention_bulk_128_kernel"}
 """Kernels to which the copy engine brings plain bytes, which are for sm_90 and newer."""
-HOPPER = {"wide_64_kernel", "wide_128_kernel"} | TMA | ATTENTION
+HOPPER = WIDE | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
+BEFORE_WIDE = {"wide_round_kernel"}
+"""Those that only kernels with wgmma need."""
 OUT_K = list(inspect.signature(wgmma_128_kernel.py_func).parameters).index("out_k")
 """Where those of `TMA` are told their second result: the cache of keys, if they finish heads."""
 CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
@@ -228,8 +232,9 @@ def main(arguments: Sequence[str]) -> None:
                     for name, value in choices:
                         stack.enter_context(mock.patch.object(wgmma_gemm, name, return_value=value))
                     backend.program(graph_of(config, weights, layout, 264, "all", int8), fusions)
-            with mock.patch.object(HostDevice, "capability", (10, 0)):  # newer cards have no wgmma
-                backend.program(graph_of(config, weights, layout, 136, "all", int8), fusions)
+            for tokens in (24, 64, 136):
+                with mock.patch.object(HostDevice, "capability", (10, 0)):  # newer cards have no wgmma
+                    backend.program(graph_of(config, weights, layout, tokens, "all", int8), fusions)
         backend.prepare(decode)
         backend.prepare_launches([decode.pipeline.tail("logprobs")])
         backend.close()

@@ -125,7 +125,7 @@ def described(kernel: dict[str, Any]) -> str:
 
 def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str, Any]]) -> None:
     """The models of `assembly` launch all that there is; for older cards by default a kernel of each file."""
-    from tests.cuda.assembly import BULK, FAMILIES, HOPPER
+    from tests.cuda.assembly import BEFORE_WIDE, BULK, FAMILIES, HOPPER
 
     script = (
         "import json, sys\n"
@@ -148,7 +148,7 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
     kernels, ops = json.loads(python(script))
     for capability in CAPABILITIES:
         found = assembled[capability]
-        every = set(kernels) - (set() if capability == "9.0" else HOPPER | BULK)
+        every = set(kernels) - (set() if capability == "9.0" else HOPPER | BEFORE_WIDE | BULK)
         wanted = FAMILIES if capability != "9.0" and not EVERYTHING else every
         assert {kernel["kernel"] for kernel in found["kernels"]} == wanted
         # those without the norm come where a norm has two readers
@@ -180,7 +180,7 @@ def test_instructions_that_a_card_has(assembled: dict[str, dict[str, Any]], capa
     """Every kernel of sm_90 waits for the one before and lets the next one start; asynchronous copies are for sm_80 and
     newer; older cards do without.
     """
-    from tests.cuda.assembly import BULK, HOPPER, TMA
+    from tests.cuda.assembly import BULK, HOPPER, TMA, WIDE
 
     copying, tried = set(), {kernel["kernel"] for kernel in assembled[capability]["kernels"]}
     for kernel in assembled[capability]["kernels"]:
@@ -193,7 +193,7 @@ def test_instructions_that_a_card_has(assembled: dict[str, dict[str, Any]], capa
             waits = {"cp.async.commit_group", "cp.async.wait_group"} <= set(opcodes)  # or at an mbarrier
             assert waits or any(opcode.startswith("cp.async.mbarrier") for opcode in opcodes), described(kernel)
         by_engine = any(opcode.startswith("cp.async.bulk") for opcode in opcodes)
-        assert by_engine == (kernel["kernel"] in TMA | BULK), described(kernel)
+        assert by_engine == (kernel["kernel"] in TMA | WIDE | BULK), described(kernel)
         uses_wgmma = any(opcode.startswith("wgmma.mma_async") for opcode in opcodes)
         assert uses_wgmma == (kernel["kernel"] in HOPPER), described(kernel)
     assert copying >= STREAMING & tried if capability != "7.5" else not copying
