@@ -98,10 +98,8 @@ def test_it_notices_a_copy_that_is_not_awaited() -> None:
 
 @cuda.jit
 def reaches(x, how):
-    let_early, t = how[0] == 3, cuda.threadIdx.x
-    if let_early:
-        griddepcontrol_launch_dependents()
-    if how[0] == 4:
+    t = cuda.threadIdx.x
+    if how[0] == 3:
         x[t] = 1
     griddepcontrol_wait()
     if how[0] == 0:
@@ -118,8 +116,7 @@ def reaches(x, how):
         (0, r"element \d+ of 64 float32"),
         (1, "ld_v4_f32 at element"),
         (2, "16 bytes at"),
-        (3, "would start"),
-        (4, "writes before"),
+        (3, "writes before"),
     ],
 )
 def test_it_notices_what_is_out_of_place(how: int, words: str) -> None:
@@ -142,4 +139,26 @@ def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
     x, flag = bench.put(np.zeros(64, np.float32)), bench.put(np.array([early]))
     for _ in range(2):
         simulation.run(Launch(adds, (1,), 64, named(x=x, early=flag)))
+    assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()
+
+
+@cuda.jit
+def passes(early):
+    if early[0]:
+        griddepcontrol_launch_dependents()
+    griddepcontrol_wait()
+    if not early[0]:
+        griddepcontrol_launch_dependents()
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_it_notices_what_an_early_start_leaves_unwritten(early: int) -> None:
+    """The third of three launches reads before its wait what the first one writes. If the second one starts it before its
+    own wait, the first may still run.
+    """
+    bench = Bench()
+    x, flags = bench.put(np.zeros(64, np.float32)), [bench.put(np.array([flag])) for flag in (0, 1)]
+    simulation.run(Launch(adds, (1,), 64, named(x=x, early=flags[0])))
+    simulation.run(Launch(passes, (1,), 64, named(early=flags[early])))
+    simulation.run(Launch(adds, (1,), 64, named(x=x, early=flags[1])))
     assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()

@@ -354,6 +354,8 @@ class Simulation:
         self.running: Any = None
         self._writing: set[int] = set()
         self._written: set[int] = set()
+        self.starts_early = False
+        """Whether the kernel lets the next one start before it waits for the one before."""
         self._epoch = -1
         self._starts: list[int] = []
         self._regions: list[tuple[int, int, str]] = []
@@ -392,7 +394,9 @@ class Simulation:
     def run(self, launch: Any) -> None:
         """Run all blocks of a launch, one after the other."""
         self.launches += 1
-        self._written, self._writing = self._writing, set()
+        # of a kernel that starts the next one before it waits, the one before may still run then, too
+        self._written = self._writing | (self._written if self.starts_early else set())
+        self._writing, self.starts_early = set(), False
         self._regions = list(HostMemory.live)  # others may be forgotten meanwhile
         self._starts, self._last = [start for start, _, _ in self._regions], (0, 0)
         if self._epoch != HostMemory.epoch:  # addresses may be others' now

@@ -106,7 +106,7 @@ def test_several_gpus(
     assert [bool(row["communication_s"]) for row in rows] == [False, False, True, True]
     found = json.loads(call(capsys, *words, "1,2", "--json").out)
     one, two = found["runs"]
-    assert (one["gpus"], one["communication_s"], two["gpus"]) == (1, None, 2) and two["communication_s"] > 0
+    assert (one["gpus"], one["communication_s"], two["gpus"]) == (1, None, 2) and two["communication_s"] >= 0
     (scaled,) = found["scaling"]
     assert scaled["decode_ratio"] == two["decode_tokens_per_second"] / one["decode_tokens_per_second"]
     assert (scaled["gpus"], scaled["over_gpus"], scaled["communication_s"]) == (2, 1, two["communication_s"])

@@ -71,4 +71,4 @@ def test_values_come_from_the_kernels_of_all_runs(monkeypatch: pytest.MonkeyPatc
             assert isinstance(program, CudaProgram)
             names = {launch.name for step in program.launches for launch in step}
             products = {name.partition("_")[0] for name in names if PRODUCTS.match(name)}
-            assert products == ({"skinny"} if invariant or context > 1 else {"linear"}), names
+            assert products == {"skinny" if invariant else "wide" if context > 1 else "linear"}, names
