@@ -153,8 +153,8 @@ def passes(early):
 
 @pytest.mark.parametrize("early", [0, 1])
 def test_it_notices_what_an_early_start_leaves_unwritten(early: int) -> None:
-    """The third of three launches reads before its wait what the first one writes. If the second one starts it before its
-    own wait, the first may still run.
+    """The third of three launches reads before its wait what the first one writes. If the second one starts it before
+    its own wait, the first may still run.
     """
     bench = Bench()
     x, flags = bench.put(np.zeros(64, np.float32)), [bench.put(np.array([flag])) for flag in (0, 1)]
