@@ -164,7 +164,9 @@ def check_batches(config: ModelConfig, device: str, dtype: KVType, page: int, da
     pages = data.draw(st.integers(each, max(each, slots * each)), "pages")
     kv = replace(KVLayout.of(config, config.context, dtype, slots, page=page), pages=pages + 1)
     weights = random_checkpoint(config, data.draw(st.integers(0, 50), "seed")).weights
-    backend = open_backend(device, weights, data.draw(st.integers(1, 2), "workers"))
+    # a last bit that differs between families of kernels can be another byte of a quantised cache
+    one_family = device == "cpu" and dtype == "q8_0"
+    backend = open_backend(device, weights, data.draw(st.integers(1, 2), "workers"), one_family)
     engine = make_engine(backend, config, kv, data.draw(st.sampled_from([4, 9, 16]), "chunk"))
     wanted = data.draw(requests(config.vocab_size, config.context, page), "requests")
     together, _ = run_together(engine, wanted)
