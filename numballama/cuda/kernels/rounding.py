@@ -71,10 +71,7 @@ def round_kernel(tokens, every_row, x, stride, norm, normed, eps, out, scales, c
         factor = one / np.float32(math.sqrt(squares / np.float32(columns) + eps))
         # rounding keeps the order, so the largest product is that of the largest element
         largest = magnitude_bits(uint_as_float(np.uint32(largest)) * factor)
-    shift = 0
-    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
-        shift = min(14 - ((largest >> 23) - 127), 126)
-    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+    up, down = scales_for(largest)
     if cuda.threadIdx.x == 0:
         scales[t] = down
     start = (t * padded) << split
@@ -87,6 +84,15 @@ def round_kernel(tokens, every_row, x, stride, norm, normed, eps, out, scales, c
         if normed:
             v = times4(v, load4(norm, 0, far, columns, even))
         put_rounded(out, start, far, padded, v, factor, up, exchanged, split)
+
+
+@device
+def scales_for(largest):
+    """(the power of two that brings the magnitude with these bits to [2^14, 2^15), its inverse)."""
+    shift = 0
+    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
+        shift = min(14 - ((largest >> 23) - 127), 126)
+    return uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
 
 
 @device

@@ -19,14 +19,13 @@ from ..intrinsics import (
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     no_unroll,
-    uint_as_float,
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
-from .common import FULL_MASK, device, magnitude_bits
+from .common import device, magnitude_bits
 from .dot import squared
 from .params import SKINNY_WARPS as WARPS
 from .reduce import block_sum, warp_sum
-from .rounding import load4
+from .rounding import load4, scales_for, warp_largest_of
 
 
 @device
@@ -69,23 +68,6 @@ def rounded_piece(rounded, v, up, pieces):
 
 
 @device
-def largest_of_warp(largest):
-    """The largest of bits over the 32 lanes, in every lane."""
-    for i in range(5):
-        largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
-    return largest
-
-
-@device
-def scales_for(largest):
-    """(the power of two that brings the magnitude with these bits to [2^14, 2^15), its inverse)."""
-    shift = 0
-    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
-        shift = min(14 - ((largest >> 23) - 127), 126)
-    return uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
-
-
-@device
 def round_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces):
     """Round a warp's slice of a row: up to four pieces per lane, number `lane` and every 32nd after it.
 
@@ -103,7 +85,7 @@ def round_slice(x, start, norm, normed, first_column, row_pieces, columns, round
     squares2, v2, largest2 = normed_piece(piece2, normed)
     squares3, v3, largest3 = normed_piece(piece3, normed)
     squares = warp_sum((squares0 + squares1) + (squares2 + squares3))
-    up, down = scales_for(largest_of_warp(max(max(largest0, largest1), max(largest2, largest3))))
+    up, down = scales_for(warp_largest_of(max(max(largest0, largest1), max(largest2, largest3))))
     words = (
         rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces),
         rounded_piece(rounded, v2, up, pieces), rounded_piece(rounded, v3, up, pieces),
@@ -164,7 +146,7 @@ def wide_round_kernel(
     piece1 = piece_of(x, start, norm, normed, first + 8 * (i + threads), i + threads < row_pieces, columns)
     squares0, v0, largest0 = normed_piece(piece0, normed)
     squares1, v1, largest1 = normed_piece(piece1, normed)
-    largest = largest_of_warp(max(largest0, largest1))
+    largest = warp_largest_of(max(largest0, largest1))
     if i & 31 == 0:
         found[i >> 5] = largest
     total = block_sum(squares0 + squares1, scratch)  # all threads have met

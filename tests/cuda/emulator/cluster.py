@@ -33,7 +33,7 @@ class Cluster:
             self._waiting += 1
             while not ready():
                 assert self._waiting < self._running, "blocks that wait for each other"
-                assert not self._failed and self.changed.wait(WAIT_S), "a block that nobody wakes"
+                assert not self._failed and self.changed.wait(WAIT_S), "no other block makes it ready"
             self._waiting -= 1
 
     def block_at(self, address: int) -> tuple[Any, int]:

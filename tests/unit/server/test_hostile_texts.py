@@ -92,20 +92,20 @@ def hostile(draw: st.DrawFn, template: str) -> str:
 
 @st.composite
 def tokens(draw: st.DrawFn, tokenizer: Tokenizer, template: str) -> list[int]:
-    """Tokens of a hostile text: as the tokenizer makes them of its parts, letter by letter or byte by byte."""
+    """Tokens of a hostile text: as the tokenizer makes them of its parts, one character at a time, or byte by byte."""
 
     def encoded(part: str, how: str) -> list[int]:
         if how == "whole":
             return tokenizer.encode(part, special=True)
-        if how == "letters":
-            return [token for letter in part for token in tokenizer.encode(letter)]
+        if how == "characters":
+            return [token for character in part for token in tokenizer.encode(character)]
         return [token for byte in part.encode() if (token := tokenizer._byte_token(byte)) is not None]
 
     text = draw(hostile(template))
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
     found: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        found += encoded(text[start:end], draw(st.sampled_from(["whole", "whole", "letters", "bytes"])))
+        found += encoded(text[start:end], draw(st.sampled_from(["whole", "whole", "characters", "bytes"])))
     for token in draw(st.just([]) | st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=2)):
         found.insert(draw(st.integers(0, len(found))), token)
     return found + draw(st.sampled_from([[], sorted(tokenizer.eog_ids)[-1:]])) or [0]
