@@ -25,18 +25,17 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..barriers import mbarrier_arrive, mbarrier_init, mbarrier_wait
+from ..barriers import mbarrier_arrive, mbarrier_wait
 from ..fragments import is_float32
 from ..intrinsics import (
     address,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     no_unroll,
-    shared_address,
 )
 from ..mma import row_scale, st_global_rows
 from ..quant_traits import has_scales, scale_bytes
-from ..tma import div_u32, fence_mbarrier_init
+from ..tma import div_u32
 from ..wgmma import (
     DESCRIPTOR,
     add_global_rows,
@@ -59,6 +58,7 @@ from .wgmma_loads import (
     load_blocks,
     load_boxes,
     load_tall_blocks,
+    make_ring,
     next_slot,
     section_of,
 )
@@ -245,24 +245,6 @@ def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, toke
         finish(sums2, weight, row_scales, scales, tokens, t0 + 64, paired, tile, sections, sizes, residual, added,
                heads, outs)  # fmt: skip
         group += cuda.gridDim.x
-
-
-@device
-def make_ring(x_rows, width, stages, quantised):
-    """A ring in the block's shared memory; its mbarriers are ready for all threads."""
-    stage = (x_rows + width) * ROW_BYTES
-    base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
-    full = base + stages * stage
-    if cuda.threadIdx.x == 0:
-        i = 0
-        while i < stages:  # of a quantised W half of the loading threads fill a stage
-            no_unroll()
-            mbarrier_init(full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1)
-            mbarrier_init(full + 8 * (stages + i), CONSUMERS // 32)
-            i += 1
-        fence_mbarrier_init()
-    cuda.syncthreads()
-    return base, stage, stages, full, full + 8 * stages, x_rows * ROW_BYTES
 
 
 @device

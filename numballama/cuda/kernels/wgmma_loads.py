@@ -8,13 +8,14 @@ A stage is a tile of X, then one of W, swizzled as wgmma reads them. Each has tw
 
 from __future__ import annotations
 
+import numpy as np
 from numba import cuda
 
-from ..barriers import mbarrier_arrive, mbarrier_wait
+from ..barriers import mbarrier_arrive, mbarrier_init, mbarrier_wait
 from ..fragments import is_float32
-from ..intrinsics import griddepcontrol_wait, no_unroll
+from ..intrinsics import griddepcontrol_wait, no_unroll, shared_address
 from ..quant_traits import has_scales
-from ..tma import copy_box, div_u32, fence_tensormap, mbarrier_expect_tx
+from ..tma import copy_box, div_u32, fence_mbarrier_init, fence_tensormap, mbarrier_expect_tx
 from ..wgmma import fence_proxy_async
 from .block_decode import decode_block, load_block
 from .common import device
@@ -24,6 +25,24 @@ from .params import WGMMA_STEP_COLUMNS as STEP
 
 ROW_BYTES = 2 * STEP
 X_BYTES = ROWS * ROW_BYTES
+
+
+@device
+def make_ring(x_rows, width, stages, quantised):
+    """A ring in the block's shared memory; its mbarriers are ready for all threads."""
+    stage = (x_rows + width) * ROW_BYTES
+    base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
+    full = base + stages * stage
+    if cuda.threadIdx.x == 0:
+        i = 0
+        while i < stages:  # of a quantised W half of the loading threads fill a stage
+            no_unroll()
+            mbarrier_init(full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1)
+            mbarrier_init(full + 8 * (stages + i), CONSUMERS // 32)
+            i += 1
+        fence_mbarrier_init()
+    cuda.syncthreads()
+    return base, stage, stages, full, full + 8 * stages, x_rows * ROW_BYTES
 
 
 @device

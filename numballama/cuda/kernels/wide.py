@@ -35,7 +35,6 @@ from ..intrinsics import (
     ld_shared_v2_u32,
     ld_shared_v4_f32,
     no_unroll,
-    shared_address,
     st_shared_u32,
     uint_as_float,
 )
@@ -47,7 +46,7 @@ from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_ROWS as ROWS
 from .skinny_sum import add4, finish_unit, norm_factor, old_row, times
-from .wgmma_loads import ROW_BYTES, next_slot, section_of
+from .wgmma_loads import ROW_BYTES, make_ring, next_slot, section_of
 from .wide_loads import load_boxes, load_slices
 
 UNIT_BYTES = 4 * UNIT
@@ -60,26 +59,18 @@ def make_shared(width, stages, quantised, rank, slices):
     """The parts of a block's shared memory: (the ring, what the exchange of sums needs). The mbarriers are ready for
     all threads of the cluster.
     """
-    base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
-    stage = (width + ROWS) * ROW_BYTES
-    full = base + stages * stage
-    received, may_send, factors_at = full + 16 * stages, full + 16 * stages + 8, full + 16 * stages + 16
+    ring = make_ring(width, ROWS, stages, quantised)
+    received = ring[4] + 8 * stages
+    may_send, factors_at = received + 8, received + 16
     sums_at = factors_at + 4 * slices * width
     owned = div_u32(GROUPS * (width >> 3) + slices - 1 - rank, slices)
     if cuda.threadIdx.x == 0:
-        i = 0
-        while i < stages:  # of a quantised W half of the loading threads fill a stage
-            no_unroll()
-            mbarrier_init(full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1)
-            mbarrier_init(full + 8 * (stages + i), CONSUMERS // 32)
-            i += 1
         mbarrier_init(received, 1)
         mbarrier_init(may_send, slices)
         fence_mbarrier_init()
     cuda.syncthreads()
     barrier_cluster_arrive()
     barrier_cluster_wait()
-    ring = base, stage, stages, full, full + 8 * stages, width * ROW_BYTES
     return ring, (sums_at, factors_at, received, may_send, owned)
 
 
