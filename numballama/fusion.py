@@ -71,6 +71,14 @@ def _residual(graph: Graph) -> Groups:
             yield "linear_add", [op, add]
 
 
+def _all_reduce(graph: Graph) -> Groups:
+    """A linear op, or one with a residual, whose result is added up over ranks."""
+    readers = graph.consumers()
+    for op in graph.ops:
+        if op.kind in ("linear", "linear_add") and (user := _only_reader(graph, readers, op, "all_reduce")):
+            yield f"{op.kind}_all_reduce", [op, user]
+
+
 def _rope_kv(graph: Graph) -> Groups:
     """RoPE of queries and keys, and both writes to the KV cache."""
     made, place = _producers(graph), {id(op): index for index, op in enumerate(graph.ops)}
@@ -109,6 +117,7 @@ FUSIONS: dict[str, Callable[[Graph], Groups]] = {
     "qkv": _qkv,
     "gate_up": _gate_up,
     "residual": _residual,
+    "all_reduce": _all_reduce,
     "rope_kv": _rope_kv,
     "norm": _norm,
     "qkv_rope": _qkv_rope,

@@ -273,6 +273,20 @@ _QKV, _GATE_UP = ("wq", "wk", "wv"), ("w1", "w3")
 _CACHES = {"k_cache_out": "k_cache", "v_cache_out": "v_cache"}
 
 fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",), optional=("group",))
+fused_rule(
+    "linear_all_reduce",
+    inputs=("x", "weight", *EXCHANGE),
+    outputs=("out", *_EXCHANGED),
+    attrs=("rank",),
+    inplace=_EXCHANGED,
+)
+fused_rule(
+    "linear_add_all_reduce",
+    inputs=("x", "weight", "residual", *EXCHANGE),
+    outputs=("out", *_EXCHANGED),
+    attrs=("rank",),
+    inplace=_EXCHANGED,
+)
 fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",), optional=("group",))
 fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",), optional=("group",))
 fused_rule("norm_linear", inputs=("x", "norm", "weight"), attrs=("eps",))

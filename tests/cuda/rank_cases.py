@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from numballama.cuda.kernels.params import TOKEN_ROWS, WORDS_UP_TO
-from numballama.cuda.launch import Array, Launch, Peers
+from numballama.cuda.launch import Array, Launch, Peers, TensorMap
 from numballama.cuda.ops import collectives
 from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
-from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of
+from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, upload
 
 
 class Ranks:
@@ -88,6 +88,52 @@ def all_reduce(machines: Sequence[Any], rows: int, tokens: int, columns: int, ti
         assert (got[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
         wrong = got[:tokens].view(np.uint32) != want[0][:tokens].view(np.uint32)
         assert not wrong.any(), f"{wrong.sum()} of {wrong.size} sums differ"
+    return 0.0
+
+
+def linear_all_reduce(
+    machines: Sequence[Any], kind: str, rows: int, tokens: int, columns: int, width: int, times: int = 3
+) -> float:
+    """A linear step whose kernel adds up its results, several times: the residual of rank 0 is the last result.
+
+    The same bits as those of `linear_add` and `linear`, added up in the order of ranks.
+    """
+    ranks = Ranks(machines, tokens, [1] * len(machines))
+    rng = np.random.default_rng(6)
+    begin = rng.standard_normal((rows, width)).astype(np.float32)
+    launches: list[list[Launch]] = []
+    results, inputs = [], []
+    for rank, machine in enumerate(machines):
+        peers, own = machine.ctx.peers, []
+        x = machine.put(rng.standard_normal((rows, columns)).astype(np.float32), "f32")
+        matrix, _ = upload(machine, rng.standard_normal((width, columns)) * columns**-0.5, kind)
+        values = [machine.put(begin, "f32")]
+        values += [machine.put(np.full((rows, width), UNTOUCHED, np.float32), "f32") for _ in range(times)]
+        for residual, out in pairwise(values):
+            added = rank == 0
+            own += launches_of(
+                machine, f"linear_{'add_' * added}all_reduce", ["f32", kind, *["f32"] * added, "f32", "i32"],
+                [x, matrix, *[residual] * added, peers.exchange, peers.arrivals], [out], rank=rank,
+            )  # fmt: skip
+        assert "all_reduce" in own[-1].name and not any(launch.name.startswith("all_reduce") for launch in own)
+        launches.append(own)
+        results.append(values)
+        inputs.append((x, matrix))
+    ranks.execute(launches)
+    for turn in range(times):
+        total = np.zeros((rows, width), np.float32)
+        for rank, machine in enumerate(machines):
+            part, added = machine.put(np.zeros((rows, width), np.float32), "f32"), rank == 0
+            operands = [*inputs[rank], *[results[0][turn]] * added]
+            types = ["f32", kind, *["f32"] * added]
+            machine.execute(launches_of(machine, f"linear{'_add' * added}", types, operands, [part]))
+            own_part = machine.get(part, np.float32)
+            total = own_part if rank == 0 else total + own_part
+        for machine, values in zip(machines, results, strict=True):
+            got = machine.get(values[turn + 1], np.float32)
+            assert (got[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
+            wrong = got[:tokens].view(np.uint32) != total[:tokens].view(np.uint32)
+            assert not wrong.any(), f"turn {turn}: {wrong.sum()} of {wrong.size} results differ"
     return 0.0
 
 
@@ -178,6 +224,12 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("all_reduce, 3 of 5 tokens", all_reduce, 5, 3, 1030)
     add("all_reduce, a row that flags cannot have", all_reduce, 10, 10, 6554)
     add("all_reduce with flags", all_reduce, 17, 14, 4096, always=True)
+    add("linear f16, one token", linear_all_reduce, "f16", 1, 1, 512, 40, always=True)
+    add("linear bf16, one token, an odd number of rows", linear_all_reduce, "bf16", 1, 1, 264, 37)
+    add("linear bf16, 13 of 16 tokens", linear_all_reduce, "bf16", 16, 13, 672, 104, always=True)
+    add("linear q4_0, 3 tokens", linear_all_reduce, "q4_0", 3, 3, 288, 33)
+    add("wide f16, 20 of 24 tokens", linear_all_reduce, "f16", 24, 20, 2048, 200)
+    add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 328)
     add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)
     unequal = [700 + 500 * (rank % 2) for rank in range(ranks)]
     add("all_gather, 5 of 6 tokens, unequal parts", all_gather, 6, 5, unequal, always=True)
@@ -192,14 +244,17 @@ class EmulatedRank(Emulated):
     """A rank whose memory all ranks see."""
 
     def __init__(self, capability: tuple[int, int], memory: Any) -> None:
-        super().__init__(capability, 1)
+        super().__init__(capability, 1, wgmma=capability == (9, 0))
         self.memory = memory
         self.ctx = replace(self.ctx, tokens=self.put(np.ones(1, np.int32), "i32"))
 
     def prepare(self, launches: Sequence[Launch]) -> None:
-        """Compile and parse the kernels of launches: not at the same time as another rank."""
+        """Compile and parse the kernels of launches, and put their maps: not at the same time as another rank."""
         for launch in launches:
             self.program_of(launch)
+            for argument in launch.arguments.values():
+                if isinstance(argument, TensorMap):
+                    self.memory.put_map(argument)
 
     def overwrite(self, array: Any, elements: np.ndarray) -> None:
         at = array.address - BASE

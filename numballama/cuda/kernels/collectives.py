@@ -11,6 +11,9 @@ A block exchanges with the block of its number on the other ranks, in its own pa
 exchanges itself; so halves alternate by its count. A half may be overwritten two exchanges later: to have come to the
 exchange in between, the other rank must have read it. All ranks launch the same exchanges in the same order.
 
+The kernels of linear steps add up their own results: a thread sends a number as it has it, and waits for those of the
+others (`add_up`). These exchanges have a count for each number, or each unit of 256, as any block may have it.
+
 `stop` is the address of a word in host memory. Once it is not 0, nobody waits any more: results are then arbitrary, and
 the host says so.
 """
@@ -34,7 +37,8 @@ from ..system_memory import (
 )
 from .common import device, pdl_sync
 from .params import EXCHANGE_THREADS as THREADS
-from .params import FLAG_NUMBERS, FLAG_SLOT, TOKEN_ROWS, WORD_NUMBERS, WORD_SLOT
+from .params import FLAG_NUMBERS, FLAG_SLOT, ROW_SLOT, ROW_WORDS, TOKEN_ROWS, UNIT_SLOT, WORD_NUMBERS, WORD_SLOT
+from .params import SKINNY_UNIT as UNIT
 
 CELL_BYTES = 64
 """Bytes of an entry of `arrivals`. Words: flags, or this rank's count of exchanges with flags; its count of those by
@@ -95,6 +99,109 @@ def receive_pair(where, number, stop):
         looks += 1
         word, following = ld_relaxed_v2_u64(where)
     return number_in(word), number_in(following)
+
+
+@device
+def row_link(exchange, half_bytes, peers, stop, rank, ranks):
+    """What `send` and `add_up` need for the numbers of a token, and the address of the numbers' counts."""
+    at = ranks * (WORD_SLOT + FLAG_SLOT)
+    return (at, ROW_SLOT, half_bytes, address(exchange, 0), peers, stop, rank, ranks), address(
+        exchange, 0
+    ) + at + ranks * (ROW_SLOT + UNIT_SLOT)
+
+
+@device
+def unit_link(exchange, half_bytes, peers, stop, rank, ranks):
+    """The same for units of 256 numbers, and the address of the units' counts."""
+    at = ranks * (WORD_SLOT + FLAG_SLOT + ROW_SLOT)
+    return (at, UNIT_SLOT, half_bytes, address(exchange, 0), peers, stop, rank, ranks), address(exchange, 0) + at + (
+        ranks * UNIT_SLOT + 4 * ROW_WORDS
+    )
+
+
+@device
+def send(link, number, i, a):
+    """Send number i to all other ranks."""
+    at, slot, half_bytes, _, peers, _, rank, ranks = link
+    place = at + (number & 1) * half_bytes + rank * slot + 8 * i
+    for other in range(ranks):
+        if other != rank:
+            st_relaxed_u64(peers[other] + place, word_of(a, number))
+
+
+@device
+def send_pair(link, number, i, a, b):
+    """Send the numbers i and i + 1, i is even."""
+    at, slot, half_bytes, _, peers, _, rank, ranks = link
+    place = at + (number & 1) * half_bytes + rank * slot + 8 * i
+    for other in range(ranks):
+        if other != rank:
+            st_relaxed_v2_u64(peers[other] + place, word_of(a, number), word_of(b, number))
+
+
+@device
+def add_up(link, number, i, a):
+    """The sum of number i of all ranks, in their order; this rank's is `a`."""
+    at, slot, half_bytes, own, _, stop, rank, ranks = link
+    place, total = own + at + (number & 1) * half_bytes + 8 * i, np.float32(0)
+    for other in range(ranks):
+        p = a
+        if other != rank:
+            p = number_in(receive(place + other * slot, number, stop))
+        total = p if other == 0 else total + p
+    return total
+
+
+@device
+def add_up_pair(link, number, i, a, b):
+    """The sums of the numbers i and i + 1, i is even."""
+    at, slot, half_bytes, own, _, stop, rank, ranks = link
+    place, sum_a, sum_b = own + at + (number & 1) * half_bytes + 8 * i, np.float32(0), np.float32(0)
+    for other in range(ranks):
+        p, q = a, b
+        if other != rank:
+            p, q = receive_pair(place + other * slot, number, stop)
+        sum_a, sum_b = (p, q) if other == 0 else (sum_a + p, sum_b + q)
+    return sum_a, sum_b
+
+
+@device
+def next_of_unit(counts, unit):
+    """The number of a unit's next exchange, which is noted. All lanes of the warp have the same unit."""
+    count = counts + 4 * unit
+    number = after(np.int64(ld_relaxed_u32(count)))
+    cuda.syncwarp()  # all lanes have read it
+    if cuda.threadIdx.x & 31 == 0:
+        st_global_u32(count, np.uint32(number))
+    return number
+
+
+@device
+def place_in_unit(unit, row):
+    """Index of this lane's two numbers of row 8 · `row` + l / 4 of a unit."""
+    return unit * UNIT + 64 * row + 2 * (cuda.threadIdx.x & 31)
+
+
+@device
+def send_unit(link, number, unit, results):
+    """Send this lane's results of a unit: of four rows, for two tokens each."""
+    first, second, third, fourth = results
+    send_pair(link, number, place_in_unit(unit, 0), first[0], first[1])
+    send_pair(link, number, place_in_unit(unit, 1), second[0], second[1])
+    send_pair(link, number, place_in_unit(unit, 2), third[0], third[1])
+    send_pair(link, number, place_in_unit(unit, 3), fourth[0], fourth[1])
+
+
+@device
+def add_up_unit(link, number, unit, results):
+    """The sums of this lane's results of a unit over all ranks."""
+    first, second, third, fourth = results
+    return (
+        add_up_pair(link, number, place_in_unit(unit, 0), first[0], first[1]),
+        add_up_pair(link, number, place_in_unit(unit, 1), second[0], second[1]),
+        add_up_pair(link, number, place_in_unit(unit, 2), third[0], third[1]),
+        add_up_pair(link, number, place_in_unit(unit, 3), fourth[0], fourth[1]),
+    )
 
 
 @device

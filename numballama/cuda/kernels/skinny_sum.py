@@ -21,6 +21,7 @@ from ..intrinsics import (
     no_unroll,
     rsqrt_approx,
 )
+from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
 from .common import LOG2_E, device
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
@@ -60,9 +61,9 @@ def silu_and_mul_full(gate, up):
 
 
 @device
-def finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, outs):
-    """Write a unit's sums times the tokens' factors, plus their residuals: `upper` of `row` and 8 more, `lower` of rows
-    16 further, for two tokens from `token` on, of which `here` exist.
+def results_of(paired, factors, upper, lower, olds):
+    """A unit's sums times the tokens' factors, plus their residuals: of four rows for two tokens each. The last two rows
+    mean nothing if `paired`.
     """
     scale, scale2 = factors
     a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
@@ -70,11 +71,23 @@ def finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_
     if paired:
         a, b, c, d = silu_and_mul_full(a, e), silu_and_mul_full(b, f), silu_and_mul_full(c, g), silu_and_mul_full(d, h)
     first, second, third, fourth = olds
-    put_row(row, token, here, a + first[0], b + first[1], rows, kv_rows, outs)
-    put_row(row + 8, token, here, c + second[0], d + second[1], rows, kv_rows, outs)
+    return (
+        (a + first[0], b + first[1]), (c + second[0], d + second[1]), (e + third[0], f + third[1]),
+        (g + fourth[0], h + fourth[1]),
+    )  # fmt: skip
+
+
+@device
+def put_unit(paired, row, token, here, results, rows, kv_rows, outs):
+    """Write a unit's results: of `row` and 8 more, and unless `paired` of rows 16 further, for two tokens from `token` on,
+    of which `here` exist.
+    """
+    first, second, third, fourth = results
+    put_row(row, token, here, first[0], first[1], rows, kv_rows, outs)
+    put_row(row + 8, token, here, second[0], second[1], rows, kv_rows, outs)
     if not paired:
-        put_row(row + 16, token, here, e + third[0], f + third[1], rows, kv_rows, outs)
-        put_row(row + 24, token, here, g + fourth[0], h + fourth[1], rows, kv_rows, outs)
+        put_row(row + 16, token, here, third[0], third[1], rows, kv_rows, outs)
+        put_row(row + 24, token, here, fourth[0], fourth[1], rows, kv_rows, outs)
 
 
 @device
@@ -118,18 +131,15 @@ def norm_factor(square, normed, columns, eps):
     return rsqrt_approx(div_full(square, np.float32(columns)) + eps) if normed else np.float32(1)
 
 
-@cuda.jit
-def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, q, k,
-                      v, rows, kv_rows, slices, groups, log2_units, log2_row_warps):  # fmt: skip
-    """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
-    blockIdx.y units of 8 tokens.
+@device
+def add_slices(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, rows, slices,
+               groups, group, log2_units, log2_row_warps):  # fmt: skip
+    """Wait for the preceding kernel and add up the slices' sums of this warp's unit, of a group of 32 rows.
+
+    Returns (first row, first of two tokens, how many of these exist, results).
     """
-    griddepcontrol_launch_dependents()  # at once: what comes next copies weights, which nothing here writes
-    lane, group = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+    lane = cuda.threadIdx.x & 31
     token = 8 * cuda.blockIdx.y + 2 * (lane & 3)
-    if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
-        griddepcontrol_wait()  # a kernel must not end before the preceding one
-        return
     units, row_warps = 1 << log2_units, 1 << log2_row_warps
     token_tile, unit = cuda.blockIdx.y >> log2_units, cuda.blockIdx.y & (units - 1)
     tile, row_warp = group >> log2_row_warps, group & (row_warps - 1)
@@ -159,4 +169,44 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
         sums = add_slice(sums, s + 3 < slices, fourth)
     upper, lower, square, square2 = sums
     factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
-    finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, (q, k, v))
+    return row, token, here, results_of(paired, factors, upper, lower, olds)
+
+
+@cuda.jit
+def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, q, k,
+                      v, rows, kv_rows, slices, groups, log2_units, log2_row_warps):  # fmt: skip
+    """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
+    blockIdx.y units of 8 tokens.
+    """
+    griddepcontrol_launch_dependents()  # at once: what comes next copies weights, which nothing here writes
+    group = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+    if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
+        griddepcontrol_wait()  # a kernel must not end before the preceding one
+        return
+    row, token, here, results = add_slices(
+        tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, rows, slices,
+        groups, group, log2_units, log2_row_warps,
+    )  # fmt: skip
+    put_unit(paired, row, token, here, results, rows, kv_rows, (q, k, v))
+
+
+@cuda.jit
+def skinny_sum_all_reduce_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, residual, added,
+                                 out, rows, slices, groups, log2_units, log2_row_warps, exchange, half_bytes, peers,
+                                 stop, rank, ranks):  # fmt: skip
+    """The same for one weight, and add up the results over ranks."""
+    griddepcontrol_launch_dependents()
+    group = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+    if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
+        griddepcontrol_wait()
+        return
+    row, token, here, results = add_slices(
+        tokens, partials, scales, squares, capacity, normed, eps, columns, False, residual, added, rows, slices,
+        groups, group, log2_units, log2_row_warps,
+    )  # fmt: skip
+    link, counts = unit_link(exchange, half_bytes, peers, stop, rank, ranks)
+    unit = cuda.blockIdx.y * groups + group
+    number = next_of_unit(counts, unit)
+    send_unit(link, number, unit, results)
+    results = add_up_unit(link, number, unit, results)
+    put_unit(False, row, token, here, results, rows, 0, (out, out, out))

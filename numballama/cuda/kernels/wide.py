@@ -39,13 +39,15 @@ from ..intrinsics import (
     uint_as_float,
 )
 from ..quant_traits import has_scales, scale_bytes
+from ..system_memory import ld_relaxed_u32
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
+from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
 from .common import device, launch_bounds
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_ROWS as ROWS
-from .skinny_sum import add4, finish_unit, norm_factor, old_row, times
+from .skinny_sum import add4, norm_factor, old_row, put_unit, results_of, times
 from .wgmma_loads import ROW_BYTES, make_ring, next_slot, section_of
 from .wide_loads import load_boxes, load_slices
 
@@ -144,13 +146,63 @@ def finish_part(at, factors_at, width, slices, place, olds, paired, outs):
     elif section == 2:
         out = outs[2]
     one = np.float32(1)
-    finish_unit(paired, row, token, here, (one, one), sums[0], sums[1], olds, height, 0, (out, out, out))
+    results = results_of(paired, (one, one), sums[0], sums[1], olds)
+    put_unit(paired, row, token, here, results, height, 0, (out, out, out))
+    return results
+
+
+@device
+def link_of(shared_by):
+    """What `send_unit` and `add_up_unit` need, and the address of the units' counts."""
+    exchange, half_bytes, peers, stop, rank, ranks = shared_by
+    return unit_link(exchange, half_bytes, peers, stop, rank, ranks)
+
+
+@device
+def unit_of(part, tile, first_token, height):
+    """Number of the unit of a tile's part: the same on every rank, and for any division of K."""
+    groups = (height + 31) >> 5
+    return ((first_token >> 3) + (part >> 2)) * groups + tile * GROUPS + (part & 3)
+
+
+@device
+def unit_exists(part, tile, first_token, tokens, height):
+    """Whether a part has rows and tokens of the run."""
+    return tile * ROWS + 32 * (part & 3) < height and first_token + 8 * (part >> 2) < tokens
+
+
+@device
+def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, height, out):
+    """Add up over ranks what this block has written to `out` and sent."""
+    tile, lane = cuda.blockIdx.x, cuda.threadIdx.x & 31
+    while tile < tiles:
+        no_unroll()
+        mine = np.int64(cuda.threadIdx.x >> 5)
+        while mine < owned:
+            no_unroll()
+            part = mine * slices + rank
+            if unit_exists(part, tile, first_token, tokens, height):
+                token = first_token + 8 * (part >> 2) + 2 * (lane & 3)
+                row, here = tile * ROWS + 32 * (part & 3) + (lane >> 2), tokens - token
+                unit = unit_of(part, tile, first_token, height)
+                number = np.int64(ld_relaxed_u32(counts + 4 * unit))
+                own = (
+                    old_row(row, token, here, height, out, True), old_row(row + 8, token, here, height, out, True),
+                    old_row(row + 16, token, here, height, out, True),
+                    old_row(row + 24, token, here, height, out, True),
+                )  # fmt: skip
+                results = add_up_unit(link, number, unit, own)
+                put_unit(False, row, token, here, results, height, 0, (out, out, out))
+            mine += CONSUMERS // 32
+        tile += cuda.gridDim.x
 
 
 @device
 def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
-             sections, heights, residual, added, outs):  # fmt: skip
-    """What the two warpgroups do that multiply."""
+             sections, heights, residual, added, outs, shared_by):  # fmt: skip
+    """What the two warpgroups do that multiply. `shared_by` is None, or what `unit_link` needs: results are then added up
+    over ranks, after the last tile, so that no tile waits for what the ranks send.
+    """
     base, stage, stages, full, empty, x_bytes = ring
     sums_at, factors_at, received, may_send, owned = exchange
     lane, warp, width = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, 2 * len(zeros)
@@ -189,8 +241,12 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         while mine < owned:
             no_unroll()
             of_part = factors_at + 4 * (place[3] - first_token)
-            finish_part(sums_at + mine * slices * UNIT_BYTES + 16 * lane, of_part, width, slices, place, olds, paired,
-                        outs)  # fmt: skip
+            results = finish_part(sums_at + mine * slices * UNIT_BYTES + 16 * lane, of_part, width, slices, place, olds,
+                                  paired, outs)  # fmt: skip
+            if shared_by is not None and unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
+                link, counts = link_of(shared_by)
+                unit = unit_of(mine * slices + rank, tile, first_token, heights[0])
+                send_unit(link, next_of_unit(counts, unit), unit, results)
             mine += CONSUMERS // 32
             if mine < owned:
                 place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
@@ -201,12 +257,15 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         phase ^= 1
         tile += cuda.gridDim.x
     mbarrier_wait(may_send, phase ^ 1)  # nobody arrives here or sends any more
+    if shared_by is not None:
+        link, counts = link_of(shared_by)
+        add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, heights[0], outs[0])
 
 
 @device
 def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, weights, maps, stride, scales,
          scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, outs, steps_here, row_steps,
-         stages, bias):  # fmt: skip
+         stages, bias, shared_by):  # fmt: skip
     """The body of the kernels here: blockIdx.x counts clusters, blockIdx.y tiles of tokens, blockIdx.z slices of K."""
     width = 2 * len(zeros)
     first_token = cuda.blockIdx.y * width
@@ -223,7 +282,7 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
     if cuda.threadIdx.x < CONSUMERS:
         of_x = x_scales, squares, capacity, normed, eps, columns
         multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens[0], of_x,
-                 paired, sections, (rows, kv_rows), residual, added, outs)  # fmt: skip
+                 paired, sections, (rows, kv_rows), residual, added, outs, shared_by)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -241,7 +300,7 @@ def wide_64_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, c
     """x · Wᵀ of up to 64 tokens, finished as by `skinny_sum_kernel`."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added,
-         (q, k, v), steps, row_steps, stages, bias)  # fmt: skip
+         (q, k, v), steps, row_steps, stages, bias, None)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
@@ -252,7 +311,31 @@ def wide_128_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, 
     """x · Wᵀ of up to 128 tokens, finished as by `skinny_sum_kernel`."""
     wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added,
-         (q, k, v), steps, row_steps, stages, bias)  # fmt: skip
+         (q, k, v), steps, row_steps, stages, bias, None)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
+                            stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
+                            residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers, stop,
+                            rank, ranks):  # fmt: skip
+    """The same of one weight, added up over ranks."""
+    wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
+         stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
+         row_steps, stages, bias, (exchange, half_bytes, peers, stop, rank, ranks))  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wide_128_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
+                            stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
+                            residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers, stop,
+                            rank, ranks):  # fmt: skip
+    """The same of one weight, added up over ranks."""
+    wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
+         stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
+         row_steps, stages, bias, (exchange, half_bytes, peers, stop, rank, ranks))  # fmt: skip
 
 
 assert GROUPS == 4, "`part` counts the groups of a unit's tokens"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...errors import Error, UnsupportedError
 from ...memory import ceil_div
 from ...registry import KernelRef, kernel
-from ..kernels.params import EXCHANGE_THREADS as THREADS
 from ..kernels.params import (
+    COUNT_BYTES,
     FLAG_BLOCKS,
     FLAG_NUMBERS,
     FLAG_SLOT,
+    ROW_SLOT,
+    UNIT_SLOT,
     WORD_BLOCKS,
     WORD_NUMBERS,
     WORD_SLOT,
     WORDS_UP_TO,
 )
-from ..launch import Array, Launch, LaunchContext, Peers, named
+from ..kernels.params import EXCHANGE_THREADS as THREADS
+from ..launch import Argument, Array, Launch, LaunchContext, Peers, named
 
 KERNELS = "numballama.cuda.kernels.collectives"
 ALL_REDUCE_WORDS = KernelRef(KERNELS, "all_reduce_words_kernel")
@@ -29,14 +34,37 @@ WORKERS = max(WORD_BLOCKS, FLAG_BLOCKS)
 
 
 def exchange_size(ranks: int) -> int:
-    """Float32 in a half of `exchange`: a slot of each rank for words, and one for numbers with flags."""
-    return ranks * (WORD_SLOT + FLAG_SLOT) // 4
+    """Float32 in a half of `exchange`: slots of each rank for words, for numbers with flags, and for the results of
+    linear steps; then this rank's counts of the last.
+    """
+    return (ranks * (WORD_SLOT + FLAG_SLOT + ROW_SLOT + UNIT_SLOT) + COUNT_BYTES) // 4
 
 
 def _peers(ctx: LaunchContext, rank: int) -> Peers:
     if ctx.peers is None or ctx.peers.rank != rank:
         raise Error(f"a graph of rank {rank} is bound on a backend that is not this rank: call `join` first")
     return ctx.peers
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Where a linear step adds up its results over ranks: the operands of an `all_reduce`."""
+
+    exchange: Array
+    arrivals: Array
+    rank: int
+
+    def arguments(self, ctx: LaunchContext) -> dict[str, Argument]:
+        """The arguments of a kernel that adds up its own results."""
+        peers = _peers(ctx, self.rank)
+        return named(
+            exchange=self.exchange, half_bytes=self.exchange.nbytes // 2, peers=peers.addresses, stop=peers.stop,
+            rank=self.rank, ranks=self.arrivals.shape[0],
+        )  # fmt: skip
+
+    def of(self, ctx: LaunchContext, out: Array) -> list[Launch]:
+        """The launch that adds up results after the step."""
+        return all_reduce(ctx, out, self.exchange, self.arrivals, out, self.rank)
 
 
 @kernel("all_reduce", "cuda", "f32", "f32", "i32")

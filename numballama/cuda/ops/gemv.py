@@ -13,14 +13,17 @@ from ..kernels.params import (
     GEMV_THREADS,
     GEMV_WARPS,
     Q6_K_FACTORS_AT,
+    ROW_WORDS,
     SCALE_BYTES,
     X_LANE_STRIDE,
 )
 from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, named, paged
 from ..repack import LAYOUTS
+from .collectives import Sums
 
 KERNELS = "numballama.cuda.kernels.gemv"
 LINEAR = KernelRef(KERNELS, "linear_kernel")
+LINEAR_ALL_REDUCE = KernelRef(KERNELS, "linear_all_reduce_kernel")
 GATE_UP = KernelRef(KERNELS, "gate_up_kernel")
 QKV = KernelRef(KERNELS, "qkv_kernel")
 QKV_ROPE = KernelRef(KERNELS, "qkv_rope_kernel")
@@ -131,6 +134,21 @@ def linear(
         out=out, rows=rows, columns=columns, **layout._asdict(),
     )  # fmt: skip
     return [Launch(LINEAR, grid, GEMV_THREADS, arguments, shared)]
+
+
+def linear_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array, sums: Sums
+) -> list[Launch]:
+    """out[1, N] = the sum of x[1, K] · W[N, K]ᵀ over ranks, plus `residual` of ranks that have one."""
+    rows, columns = weight.shape
+    if x.shape[0] > 1 or rows > ROW_WORDS:
+        return linear(ctx, x, None, 0.0, weight, residual, out) + sums.of(ctx, out)
+    (blocks, _), layout, shared = _shape(ctx, weight, ceil_div(rows, 2), 1)
+    arguments = named(
+        tokens=ctx.tokens, x=x, **weight.arguments(), residual=residual or x, added=int(residual is not None), out=out,
+        rows=rows, columns=columns, **sums.arguments(ctx), **layout._asdict(),
+    )  # fmt: skip
+    return [Launch(LINEAR_ALL_REDUCE, (blocks,), GEMV_THREADS, arguments, shared)]
 
 
 def gate_up(

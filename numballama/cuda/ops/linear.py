@@ -17,6 +17,7 @@ from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named
 from . import gemm, gemv, skinny
+from .collectives import Sums
 from .gemm import FEW
 
 LINEAR_INT8 = KernelRef("numballama.kernels_cuda", "linear_int8_kernel")
@@ -76,6 +77,31 @@ def linear_add(
     ctx: LaunchContext, x: Array, weight: Matrix, residual: Array, out: Array, workspace: Array
 ) -> list[Launch]:
     return _linear(ctx, x, None, 0.0, weight, residual, out, workspace)
+
+
+def _linear_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array, workspace: Array, sums: Sums
+) -> list[Launch]:
+    kernels = _kernels_for(ctx, x, weight)
+    if kernels == "gemv":
+        return gemv.linear_all_reduce(ctx, x, weight, residual, out, sums)
+    if kernels == "skinny":
+        return skinny.linear_all_reduce(ctx, x, weight, residual, out, workspace, sums)
+    return gemm.linear(ctx, x, None, 0.0, [(weight, out)], residual, workspace) + sums.of(ctx, out)
+
+
+def linear_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, exchange: Array, arrivals: Array, out: Array, workspace: Array,
+    rank: int,
+) -> list[Launch]:  # fmt: skip
+    return _linear_all_reduce(ctx, x, weight, None, out, workspace, Sums(exchange, arrivals, rank))
+
+
+def linear_add_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, residual: Array, exchange: Array, arrivals: Array, out: Array,
+    workspace: Array, rank: int,
+) -> list[Launch]:  # fmt: skip
+    return _linear_all_reduce(ctx, x, weight, residual, out, workspace, Sums(exchange, arrivals, rank))
 
 
 def norm_linear(
@@ -156,6 +182,12 @@ def _mixed_workspace(kinds: tuple[str, str], first: int, rope: bool = False) -> 
 for _type in LINEAR_TYPES:
     kernel("linear", "cuda", "f32", _type, workspace=_workspace(_type, 1, 1))(linear)
     kernel("linear_add", "cuda", "f32", _type, "f32", workspace=_workspace(_type, 1, 1))(linear_add)
+    kernel("linear_all_reduce", "cuda", "f32", _type, "f32", "i32", workspace=_workspace(_type, 1, 1))(
+        linear_all_reduce
+    )
+    kernel("linear_add_all_reduce", "cuda", "f32", _type, "f32", "f32", "i32", workspace=_workspace(_type, 1, 1))(
+        linear_add_all_reduce
+    )
     kernel("norm_linear", "cuda", "f32", "f32", _type, workspace=_workspace(_type, 2, 1))(norm_linear)
     kernel("gate_up", "cuda", "f32", _type, _type, workspace=_workspace(_type, 1, 2, paired=True))(gate_up)
     kernel(

@@ -24,10 +24,12 @@ from ..kernels.params import (
     SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
+    UNITS_AT_ONCE,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
 from . import elementwise, wide
+from .collectives import Sums
 from .gemm import _operand_type, _padded, _Workspace
 
 KERNELS = "numballama.cuda.kernels.skinny"
@@ -37,6 +39,7 @@ SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (
 ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
 WIDE_ROUND = KernelRef(f"{KERNELS}_x", "wide_round_kernel")
 SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
+SUM_ALL_REDUCE = KernelRef(f"{KERNELS}_sum", "skinny_sum_all_reduce_kernel")
 
 MOST = 128
 """Up to this number of tokens these kernels are faster than `gemm`, or as fast with float16 weights."""
@@ -117,9 +120,13 @@ def _partial_floats(division: Division, units: int) -> int:
 
 def _launch(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
-    paired: bool, residual: Array | None, workspace: _Workspace,
+    paired: bool, residual: Array | None, workspace: _Workspace, sums: Sums | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values."""
+    """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values. Results of one
+    weight are added up over ranks if there are `sums`.
+    """
+    if sums and ceil_div(weights[0].shape[0], SKINNY_ROWS) * ceil_div(x.shape[0], 8) > UNITS_AT_ONCE:
+        return _launch(ctx, x, norm, eps, weights, outs, paired, residual, workspace) + sums.of(ctx, outs[0])
     first, tokens, columns = weights[0], x.shape[0], x.shape[1]
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
     w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
@@ -133,7 +140,7 @@ def _launch(
         of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
         return [
             _round(ctx, x, norm, first, rounded, scales, squares, by_wgmma.slice_columns, True),
-            wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma),
+            wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma, sums),
         ]
     payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
     groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)
@@ -166,13 +173,20 @@ def _launch(
     per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
     grid = per_slice, token_tiles, division.slices
     launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
-    arguments = named(
-        tokens=ctx.tokens, partials=partials, **of_x, **of_norm, paired=int(paired), **of_results, rows=rows,
-        kv_rows=kv_rows, slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
+    sum_grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
+    of_sums = named(tokens=ctx.tokens, partials=partials, **of_x, **of_norm)
+    of_groups = named(
+        slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
         log2_row_warps=division.row_warps.bit_length() - 1,
     )  # fmt: skip
-    launches.append(Launch(SUM, (ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)), SKINNY_THREADS, arguments))
-    return launches
+    if sums:
+        arguments = named(
+            **of_sums, residual=residual or x, added=int(residual is not None), out=outs[0], rows=rows, **of_groups,
+            **sums.arguments(ctx),
+        )  # fmt: skip
+        return [*launches, Launch(SUM_ALL_REDUCE, sum_grid, SKINNY_THREADS, arguments)]
+    arguments = named(**of_sums, paired=int(paired), **of_results, rows=rows, kv_rows=kv_rows, **of_groups)
+    return [*launches, Launch(SUM, sum_grid, SKINNY_THREADS, arguments)]
 
 
 def _of_slices(workspace: _Workspace, slices: int, tokens: int) -> tuple[Array, Array]:
@@ -205,6 +219,13 @@ def linear(
 ) -> list[Launch]:  # fmt: skip
     """out[T, N] = x[T, K] · W[N, K]ᵀ, after RMSNorm of x where `norm` is given, plus `residual`."""
     return _launch(ctx, x, norm, eps, [weight], [out], False, residual, _Workspace(memory))
+
+
+def linear_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array, memory: Array, sums: Sums
+) -> list[Launch]:
+    """out[T, N] = the sum of x[T, K] · W[N, K]ᵀ over ranks, plus `residual` of ranks that have one."""
+    return _launch(ctx, x, None, 0.0, [weight], [out], False, residual, _Workspace(memory), sums)
 
 
 def gate_up(

@@ -17,9 +17,13 @@ from ..kernels.params import (
     WIDE_WIDTHS,
 )
 from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
+from .collectives import Sums
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
 """Tokens of a block → the kernel for them."""
+WIDE_ALL_REDUCE = {
+    width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_all_reduce_kernel") for width in WIDE_WIDTHS
+}
 LEAST = {"f16": 17, "bf16": 17, "int8": 33, "q4_0": 33, "q4_1": 33, "q4_k": 33, "q5_k": 33, "q6_k": 33}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
@@ -77,9 +81,10 @@ def divide(tiles: int, columns: int, n_sms: int) -> Division:
 
 def launch(
     ctx: LaunchContext, rounded: Array, of_x: Mapping[str, Argument], w: Sequence[Matrix], paired: bool, rows: int,
-    kv_rows: int, of_results: Mapping[str, Argument], division: Division,
+    kv_rows: int, of_results: Mapping[str, Argument], division: Division, sums: Sums | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values.
+    """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values. Results of one weight are added
+    up over ranks if there are `sums`.
 
     `of_x` are the arguments about X from `x_scales` to `columns`, `of_results` those from `residual` to `v`.
     """
@@ -102,4 +107,7 @@ def launch(
     clusters = min(row_tiles + 2 * kv_tiles, max(1, ctx.n_sms // slices))
     grid = clusters, ceil_div(rounded.shape[0], width), slices
     threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32)
-    return Launch(WIDE[width], grid, threads, arguments, fixed + stages * (stage_bytes + 16), cluster=slices)
+    kernel = WIDE[width]
+    if sums:
+        kernel, arguments = WIDE_ALL_REDUCE[width], arguments | sums.arguments(ctx)
+    return Launch(kernel, grid, threads, arguments, fixed + stages * (stage_bytes + 16), cluster=slices)

@@ -53,6 +53,8 @@ class Block:
         self.registers["%laneid"], self.registers["%dynamic_smem_size"] = lanes % 32, same(shared_bytes)
         self.counter = np.zeros(threads, np.int64)
         self.done, self.waiting = np.zeros(threads, bool), np.zeros(threads, bool)
+        self.in_warp = np.zeros(threads, bool)
+        """Threads that wait for others of their warp only."""
         self.copies: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[]]
         self.barriers = Barriers(threads)
         self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
@@ -77,7 +79,10 @@ class Block:
                 if not ready.any():
                     if self.done.all():
                         return
-                    if self.barriers.blocked.any():
+                    if self.in_warp.any():  # who could come to it has come
+                        self.waiting &= ~self.in_warp
+                        self.in_warp[:] = False
+                    elif self.barriers.blocked.any():
                         assert self.cluster is not None, "threads that wait for each other"
                         self.cluster.wait_for(lambda: bool(self._ready.any()))
                     else:
@@ -127,6 +132,8 @@ class Block:
                 self.barriers.named(numbers, threads, active, waits="sync" in modifiers)
             else:
                 self.waiting |= active
+                if "warp" in modifiers:
+                    self.in_warp |= active
             return True
         if name == "mbarrier" and modifiers[0] == "try_wait":
             to, where, parity = statement.operands

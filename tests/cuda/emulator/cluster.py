@@ -18,7 +18,7 @@ class Cluster:
 
     def __init__(self, blocks: Sequence[Any]) -> None:
         self.blocks, self._barrier, self.changed = blocks, Barrier(len(blocks)), Condition()
-        self._running = self._waiting = 0
+        self._running, self._waiting = 0, list[Callable[[], bool]]()
         self._failed = False
         for block in blocks:
             block.join(self)
@@ -30,11 +30,13 @@ class Cluster:
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait until other blocks have made `ready` true."""
         with self.changed:
-            self._waiting += 1
+            self._waiting.append(ready)
             while not ready():
-                assert self._waiting < self._running, "blocks that wait for each other"
+                all_wait = len(self._waiting) == self._running
+                # one of those that wait may be ready, and not have woken up yet
+                assert not all_wait or any(other() for other in self._waiting), "blocks that wait for each other"
                 assert not self._failed and self.changed.wait(WAIT_S), "no other block makes it ready"
-            self._waiting -= 1
+            self._waiting.remove(ready)
 
     def block_at(self, address: int) -> tuple[Any, int]:
         """The block with an address of the cluster's memory, and its own address for it."""
