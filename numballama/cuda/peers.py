@@ -16,7 +16,7 @@ from ..ops import CELL
 from .driver import Device, MappedMemory, Memory, RegisteredMemory
 from .kernels.params import TOKEN_ROWS
 from .launch import Array, Peers
-from .ops.collectives import WORKERS, exchange_size
+from .ops.collectives import WORKERS, empty_parts, exchange_size
 
 UNIT = 2 << 20
 """Memory that is shared is whole units of this: smaller allocations share one with others."""
@@ -25,7 +25,7 @@ UNIT = 2 << 20
 class PeerMemory:
     """This rank's memory: `exchange`, `arrivals` and `tokens` i64 [2, TOKEN_ROWS], one after the other.
 
-    `handle` is for the other ranks, whose handles `connect` takes. The memory is zeros then: no rank may write before
+    `handle` is for the other ranks, whose handles `connect` takes. The memory is ready then: no rank may write before
     all have made theirs. Raises `DeviceError` if too little memory is free.
     """
 
@@ -39,6 +39,8 @@ class PeerMemory:
         self._tables: Memory | None = None
         try:
             device.fill(self._memory.address, 0, self._memory.nbytes)
+            for begin, end in empty_parts(ranks):
+                device.fill(self._memory.address + begin, 0xFF, end - begin)
             device.synchronize()
             self.handle = self._memory.handle()
         except BaseException:

@@ -19,6 +19,12 @@ ld_acquire_u32 = load("ld.acquire.sys.global.u32 $0, [$1];", "r")
 st_release_u32 = instruction("st.release.sys.global.u32 [$0], $1;", "lr")
 """st_release_u32(address, number): after all that this thread has written, or has seen at a barrier of the block."""
 
+st_relaxed_u32 = instruction("st.relaxed.sys.global.u32 [$0], $1;", "lr")
+"""st_relaxed_u32(address, number)"""
+
+st_relaxed_v4_u32 = instruction("st.relaxed.sys.global.v4.u32 [$0], {$1, $2, $3, $4};", "lrrrr")
+"""st_relaxed_v4_u32(address, four numbers): each of them whole. The address is a multiple of 16."""
+
 st_relaxed_u64 = instruction("st.relaxed.sys.global.u64 [$0], $1;", "ll")
 """st_relaxed_u64(address, word)"""
 

@@ -30,7 +30,10 @@ class Ranks:
         self.machines, count = machines, len(shares)
         exchange, arrivals = (2, collectives.exchange_size(count)), (count, collectives.WORKERS, CELL)
         nbytes = 4 * int(np.prod(exchange)) + 4 * int(np.prod(arrivals)) + 16 * TOKEN_ROWS
-        memory = [machine.put(np.zeros(nbytes, np.uint8), "u8") for machine in machines]
+        begin = np.zeros(nbytes, np.uint8)
+        for first, end in collectives.empty_parts(count):
+            begin[first:end] = 0xFF
+        memory = [machine.put(begin, "u8") for machine in machines]
         borders = list(accumulate(shares, initial=0))
         self.stop = machines[0].put(np.zeros(4, np.int32), "i32")
         for rank, (machine, own) in enumerate(zip(machines, memory, strict=True)):
@@ -264,8 +267,16 @@ class EmulatedRank(Emulated):
 class RealRank(Real):
     """A rank with a stream of its own on the GPU that all share."""
 
+    _prepared: Sequence[Any] = ()
+
     def prepare(self, launches: Sequence[Launch]) -> None:
-        self.calls(launches)
+        self._prepared = self.calls(launches)  # by this thread: others do not have the context that maps are made in
+
+    def execute(self, launches: Sequence[Launch]) -> None:
+        prepared, self._prepared = self._prepared, ()
+        for call in prepared or self.calls(launches):
+            call()
+        self.device.synchronize()
 
     def overwrite(self, array: Any, elements: np.ndarray) -> None:
         self.device.write(array.address, elements.ctypes.data, elements.nbytes)

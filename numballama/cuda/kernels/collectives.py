@@ -11,8 +11,10 @@ A block exchanges with the block of its number on the other ranks, in its own pa
 exchanges itself; so halves alternate by its count. A half may be overwritten two exchanges later: to have come to the
 exchange in between, the other rank must have read it. All ranks launch the same exchanges in the same order.
 
-The kernels of linear steps add up their own results: a thread sends a number as it has it, and waits for those of the
-others (`add_up`). These exchanges have a count for each number, or each unit of 256, as any block may have it.
+The kernels of linear steps add up their own results: a thread sends a number as soon as it has it, to a place that was
+`EMPTY`, and waits until those of all ranks have come (`add_up`): neither flag nor count travels. Who has read a number
+makes its place empty again. The halves alternate by a count for each number of a token, or each unit of 256 of more
+tokens, as any block may have it.
 
 `stop` is the address of a word in host memory. Once it is not 0, nobody waits any more: results are then arbitrary, and
 the host says so.
@@ -30,14 +32,16 @@ from ..system_memory import (
     ld_relaxed_u64,
     ld_relaxed_v2_u64,
     ld_relaxed_v4_f32,
+    st_relaxed_u32,
     st_relaxed_u64,
     st_relaxed_v2_u64,
+    st_relaxed_v4_u32,
     st_release_u32,
     st_v4_u32,
 )
-from .common import device, pdl_sync
+from .common import add4, device, pdl_sync
 from .params import EXCHANGE_THREADS as THREADS
-from .params import FLAG_NUMBERS, FLAG_SLOT, ROW_SLOT, ROW_WORDS, TOKEN_ROWS, UNIT_SLOT, WORD_NUMBERS, WORD_SLOT
+from .params import FLAG_NUMBERS, FLAG_SLOT, ROW_NUMBERS, ROW_SLOT, TOKEN_ROWS, UNIT_SLOT, WORD_NUMBERS, WORD_SLOT
 from .params import SKINNY_UNIT as UNIT
 
 CELL_BYTES = 64
@@ -46,6 +50,8 @@ words; its count of tokens sent or received.
 """
 FLAGS, WORDS, TOKENS = 0, 4, 8
 """Bytes from the beginning of a cell to these."""
+EMPTY = np.uint32(0xFFFFFFFF)
+"""What stands where no number has come: a NaN that no arithmetic gives."""
 LOOKS = 255
 """Looks at a word before `stop` is looked at, which is in host memory; one less than a power of two."""
 
@@ -102,67 +108,57 @@ def receive_pair(where, number, stop):
 
 
 @device
+def link_to(at, slot, exchange, half_bytes, peers, stop, ranks):
+    """What `send` and `add_up` need, for slots of a size from byte `at` of a half on."""
+    return at, slot, half_bytes, address(exchange, 0), peers, stop, ranks
+
+
+@device
 def row_link(exchange, half_bytes, peers, stop, rank, ranks):
     """What `send` and `add_up` need for the numbers of a token, and the address of the numbers' counts."""
     at = ranks * (WORD_SLOT + FLAG_SLOT)
-    return (at, ROW_SLOT, half_bytes, address(exchange, 0), peers, stop, rank, ranks), address(
-        exchange, 0
-    ) + at + ranks * (ROW_SLOT + UNIT_SLOT)
+    counts = address(exchange, 0) + at + ranks * (ROW_SLOT + UNIT_SLOT)
+    return link_to(at, ROW_SLOT, exchange, half_bytes, peers, stop, ranks), counts
 
 
 @device
 def unit_link(exchange, half_bytes, peers, stop, rank, ranks):
     """The same for units of 256 numbers, and the address of the units' counts."""
     at = ranks * (WORD_SLOT + FLAG_SLOT + ROW_SLOT)
-    return (at, UNIT_SLOT, half_bytes, address(exchange, 0), peers, stop, rank, ranks), address(exchange, 0) + at + (
-        ranks * UNIT_SLOT + 4 * ROW_WORDS
-    )
+    counts = address(exchange, 0) + at + ranks * UNIT_SLOT + 4 * ROW_NUMBERS
+    return link_to(at, UNIT_SLOT, exchange, half_bytes, peers, stop, ranks), counts
 
 
 @device
-def send(link, number, i, a):
-    """Send number i to all other ranks."""
-    at, slot, half_bytes, _, peers, _, rank, ranks = link
-    place = at + (number & 1) * half_bytes + rank * slot + 8 * i
-    for other in range(ranks):
-        if other != rank:
-            st_relaxed_u64(peers[other] + place, word_of(a, number))
+def number_to_send(x):
+    """The bits of a float32; a NaN has others than what is `EMPTY`."""
+    bits = float_as_uint(x)
+    return np.uint32(0x7FFFFFFF) if bits == EMPTY else bits
 
 
 @device
-def send_pair(link, number, i, a, b):
-    """Send the numbers i and i + 1, i is even."""
-    at, slot, half_bytes, _, peers, _, rank, ranks = link
-    place = at + (number & 1) * half_bytes + rank * slot + 8 * i
+def send(link, number, rank, i, a):
+    """Send number i to all ranks, this one too."""
+    at, slot, half_bytes, _, peers, _, ranks = link
+    place = at + (number & 1) * half_bytes + rank * slot + 4 * i
     for other in range(ranks):
-        if other != rank:
-            st_relaxed_v2_u64(peers[other] + place, word_of(a, number), word_of(b, number))
+        st_relaxed_u32(peers[other] + place, number_to_send(a))
 
 
 @device
-def add_up(link, number, i, a):
-    """The sum of number i of all ranks, in their order; this rank's is `a`."""
-    at, slot, half_bytes, own, _, stop, rank, ranks = link
-    place, total = own + at + (number & 1) * half_bytes + 8 * i, np.float32(0)
+def add_up(link, number, i):
+    """The sum of number i of all ranks, in their order. Their places are empty then."""
+    at, slot, half_bytes, own, _, stop, ranks = link
+    place, total = own + at + (number & 1) * half_bytes + 4 * i, np.float32(0)
     for other in range(ranks):
-        p = a
-        if other != rank:
-            p = number_in(receive(place + other * slot, number, stop))
-        total = p if other == 0 else total + p
+        bits, looks = ld_relaxed_u32(place), 0
+        while bits == EMPTY and not is_stopped(looks, stop):
+            looks += 1
+            bits = ld_relaxed_u32(place)
+        st_global_u32(place, EMPTY)
+        total = uint_as_float(bits) if other == 0 else total + uint_as_float(bits)
+        place += slot
     return total
-
-
-@device
-def add_up_pair(link, number, i, a, b):
-    """The sums of the numbers i and i + 1, i is even."""
-    at, slot, half_bytes, own, _, stop, rank, ranks = link
-    place, sum_a, sum_b = own + at + (number & 1) * half_bytes + 8 * i, np.float32(0), np.float32(0)
-    for other in range(ranks):
-        p, q = a, b
-        if other != rank:
-            p, q = receive_pair(place + other * slot, number, stop)
-        sum_a, sum_b = (p, q) if other == 0 else (sum_a + p, sum_b + q)
-    return sum_a, sum_b
 
 
 @device
@@ -177,31 +173,50 @@ def next_of_unit(counts, unit):
 
 
 @device
-def place_in_unit(unit, row):
-    """Index of this lane's two numbers of row 8 · `row` + l / 4 of a unit."""
-    return unit * UNIT + 64 * row + 2 * (cuda.threadIdx.x & 31)
+def place_in_unit(link, number, unit):
+    """Byte of a rank's memory where this lane's eight numbers of a unit lie, of the first slot: four, and 512 bytes
+    further four.
+    """
+    return link[0] + (number & 1) * link[2] + 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31)
 
 
 @device
-def send_unit(link, number, unit, results):
-    """Send this lane's results of a unit: of four rows, for two tokens each."""
+def send_unit(link, number, rank, unit, results):
+    """Send this lane's results of a unit, of four rows for two tokens each, to all ranks, this one too."""
     first, second, third, fourth = results
-    send_pair(link, number, place_in_unit(unit, 0), first[0], first[1])
-    send_pair(link, number, place_in_unit(unit, 1), second[0], second[1])
-    send_pair(link, number, place_in_unit(unit, 2), third[0], third[1])
-    send_pair(link, number, place_in_unit(unit, 3), fourth[0], fourth[1])
+    place = place_in_unit(link, number, unit) + rank * link[1]
+    for other in range(link[6]):
+        to = link[4][other] + place
+        st_relaxed_v4_u32(to, number_to_send(first[0]), number_to_send(first[1]), number_to_send(second[0]),
+                          number_to_send(second[1]))  # fmt: skip
+        st_relaxed_v4_u32(to + 2 * UNIT, number_to_send(third[0]), number_to_send(third[1]), number_to_send(fourth[0]),
+                          number_to_send(fourth[1]))  # fmt: skip
 
 
 @device
-def add_up_unit(link, number, unit, results):
-    """The sums of this lane's results of a unit over all ranks."""
-    first, second, third, fourth = results
+def is_missing(four):
+    """Whether one of four numbers has not come."""
+    a, b, c, d = four
     return (
-        add_up_pair(link, number, place_in_unit(unit, 0), first[0], first[1]),
-        add_up_pair(link, number, place_in_unit(unit, 1), second[0], second[1]),
-        add_up_pair(link, number, place_in_unit(unit, 2), third[0], third[1]),
-        add_up_pair(link, number, place_in_unit(unit, 3), fourth[0], fourth[1]),
+        float_as_uint(a) == EMPTY or float_as_uint(b) == EMPTY or float_as_uint(c) == EMPTY or float_as_uint(d) == EMPTY
     )
+
+
+@device
+def add_up_unit(link, number, unit):
+    """The sums of this lane's results of a unit over all ranks, in their order. Their places are empty then."""
+    at, zero = link[3] + place_in_unit(link, number, unit), np.float32(0)
+    upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    for other in range(link[6]):
+        a, b, looks = ld_relaxed_v4_f32(at), ld_relaxed_v4_f32(at + 2 * UNIT), 0
+        while (is_missing(a) or is_missing(b)) and not is_stopped(looks, link[5]):
+            looks += 1
+            a, b = ld_relaxed_v4_f32(at), ld_relaxed_v4_f32(at + 2 * UNIT)
+        st_v4_u32(at, EMPTY, EMPTY, EMPTY, EMPTY)
+        st_v4_u32(at + 2 * UNIT, EMPTY, EMPTY, EMPTY, EMPTY)
+        upper, lower = (a, b) if other == 0 else (add4(upper, a), add4(lower, b))
+        at += link[1]
+    return (upper[0], upper[1]), (upper[2], upper[3]), (lower[0], lower[1]), (lower[2], lower[3])
 
 
 @device

@@ -42,6 +42,12 @@ def launch_bounds(min_blocks: int) -> Any:
 
 
 @device
+def add4(a, b):
+    """Element-wise sum of four elements."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@device
 def pdl_sync():
     """Wait for the previous kernel's results, then let the next kernel start (programmatic dependent launch).
 

@@ -266,9 +266,9 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
-def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, shift, residual, added, out, rows, columns,
-                             exchange, half_bytes, peers, stop, rank, ranks, slices, log2_slices, x_at, sums_at,
-                             partial_at, chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
+def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, shift, residual, added, out, rows,
+                             columns, exchange, half_bytes, peers, stop, rank, ranks, slices, log2_slices, x_at,
+                             sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """out = the sum of W · x over ranks, of one token, plus `residual` of the ranks for which it is `added`.
 
     All blocks run at the same time, and wait for the same ones of the other ranks.
@@ -290,9 +290,9 @@ def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, sh
             value, number = slice_sum(shared, layout, i >> 1, i & 1), after(np.int64(counted))
             if added:
                 value += early1 if i < THREADS else residual[row]
-            send(link, number, row, value)
+            send(link, number, rank, row, value)
             st_global_u32(counts + 4 * row, np.uint32(number))
-            out[row] = add_up(link, number, row, value)
+            out[row] = add_up(link, number, row)
 
 
 @launch_bounds(min_blocks=3)

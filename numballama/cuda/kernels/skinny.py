@@ -50,7 +50,7 @@ from ..intrinsics import (
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
 from ..quant_traits import has_mins, has_scales, is_q4_1, is_q5_k, is_q6_k, scale_bytes
-from .common import device, launch_bounds
+from .common import add4, device, launch_bounds
 from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k, record_bytes
 from .params import SKINNY_FUSED_UNITS as FUSED_UNITS
 from .params import SKINNY_PLANE_BYTES as PLANE
@@ -59,7 +59,6 @@ from .params import SKINNY_STEP_BYTES as STEP_BYTES
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_UNITS as UNITS
 from .params import SKINNY_WARPS as WARPS
-from .skinny_sum import add4
 from .skinny_x import round_x, stage_x
 
 HIGH_AT = 3 * PLANE

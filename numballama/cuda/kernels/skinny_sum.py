@@ -22,7 +22,7 @@ from ..intrinsics import (
     rsqrt_approx,
 )
 from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
-from .common import LOG2_E, device
+from .common import LOG2_E, add4, device
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
 
@@ -62,8 +62,8 @@ def silu_and_mul_full(gate, up):
 
 @device
 def results_of(paired, factors, upper, lower, olds):
-    """A unit's sums times the tokens' factors, plus their residuals: of four rows for two tokens each. The last two rows
-    mean nothing if `paired`.
+    """A unit's sums times the tokens' factors, plus their residuals: of four rows for two tokens each. The last two
+    rows mean nothing if `paired`.
     """
     scale, scale2 = factors
     a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
@@ -79,8 +79,8 @@ def results_of(paired, factors, upper, lower, olds):
 
 @device
 def put_unit(paired, row, token, here, results, rows, kv_rows, outs):
-    """Write a unit's results: of `row` and 8 more, and unless `paired` of rows 16 further, for two tokens from `token` on,
-    of which `here` exist.
+    """Write a unit's results: of `row` and 8 more, and unless `paired` of rows 16 further, for two tokens from `token`
+    on, of which `here` exist.
     """
     first, second, third, fourth = results
     put_row(row, token, here, first[0], first[1], rows, kv_rows, outs)
@@ -88,12 +88,6 @@ def put_unit(paired, row, token, here, results, rows, kv_rows, outs):
     if not paired:
         put_row(row + 16, token, here, third[0], third[1], rows, kv_rows, outs)
         put_row(row + 24, token, here, fourth[0], fourth[1], rows, kv_rows, outs)
-
-
-@device
-def add4(a, b):
-    """Element-wise sum of four elements."""
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
 
 @device
@@ -207,6 +201,5 @@ def skinny_sum_all_reduce_kernel(tokens, partials, scales, squares, capacity, no
     link, counts = unit_link(exchange, half_bytes, peers, stop, rank, ranks)
     unit = cuda.blockIdx.y * groups + group
     number = next_of_unit(counts, unit)
-    send_unit(link, number, unit, results)
-    results = add_up_unit(link, number, unit, results)
-    put_unit(False, row, token, here, results, rows, 0, (out, out, out))
+    send_unit(link, number, rank, unit, results)
+    put_unit(False, row, token, here, add_up_unit(link, number, unit), rows, 0, (out, out, out))

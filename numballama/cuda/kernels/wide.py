@@ -43,11 +43,11 @@ from ..system_memory import ld_relaxed_u32
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
 from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
-from .common import device, launch_bounds
+from .common import add4, device, launch_bounds
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_ROWS as ROWS
-from .skinny_sum import add4, norm_factor, old_row, put_unit, results_of, times
+from .skinny_sum import norm_factor, old_row, put_unit, results_of, times
 from .wgmma_loads import ROW_BYTES, make_ring, next_slot, section_of
 from .wide_loads import load_boxes, load_slices
 
@@ -130,25 +130,28 @@ def add_part(sums, here, at, factors_at):
 
 
 @device
-def finish_part(at, factors_at, width, slices, place, olds, paired, outs):
-    """Add up a unit's sums of all slices and write the results."""
-    section, height, row, token, here = place
-    zero = np.float32(0)
+def sum_part(at, factors_at, width, slices, olds, paired):
+    """Add up a unit's sums of all slices, and finish the results."""
+    zero, one = np.float32(0), np.float32(1)
     sums, last = ((zero, zero, zero, zero), (zero, zero, zero, zero)), slices - 1
     for s in range(0, slices, 2):
         no_unroll()
         second = min(s + 1, last)
         sums = add_part(sums, True, at + s * UNIT_BYTES, factors_at + 4 * s * width)
         sums = add_part(sums, s < last, at + second * UNIT_BYTES, factors_at + 4 * second * width)
+    return results_of(paired, (one, one), sums[0], sums[1], olds)
+
+
+@device
+def put_part(place, results, paired, outs):
+    """Write a unit's results."""
+    section, height, row, token, here = place
     out = outs[0]
     if section == 1:
         out = outs[1]
     elif section == 2:
         out = outs[2]
-    one = np.float32(1)
-    results = results_of(paired, (one, one), sums[0], sums[1], olds)
     put_unit(paired, row, token, here, results, height, 0, (out, out, out))
-    return results
 
 
 @device
@@ -173,7 +176,7 @@ def unit_exists(part, tile, first_token, tokens, height):
 
 @device
 def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, height, out):
-    """Add up over ranks what this block has written to `out` and sent."""
+    """Add up over ranks what this block has sent, and write it."""
     tile, lane = cuda.blockIdx.x, cuda.threadIdx.x & 31
     while tile < tiles:
         no_unroll()
@@ -186,13 +189,7 @@ def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, 
                 row, here = tile * ROWS + 32 * (part & 3) + (lane >> 2), tokens - token
                 unit = unit_of(part, tile, first_token, height)
                 number = np.int64(ld_relaxed_u32(counts + 4 * unit))
-                own = (
-                    old_row(row, token, here, height, out, True), old_row(row + 8, token, here, height, out, True),
-                    old_row(row + 16, token, here, height, out, True),
-                    old_row(row + 24, token, here, height, out, True),
-                )  # fmt: skip
-                results = add_up_unit(link, number, unit, own)
-                put_unit(False, row, token, here, results, height, 0, (out, out, out))
+                put_unit(False, row, token, here, add_up_unit(link, number, unit), height, 0, (out, out, out))
             mine += CONSUMERS // 32
         tile += cuda.gridDim.x
 
@@ -200,8 +197,8 @@ def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, 
 @device
 def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
              sections, heights, residual, added, outs, shared_by):  # fmt: skip
-    """What the two warpgroups do that multiply. `shared_by` is None, or what `unit_link` needs: results are then added up
-    over ranks, after the last tile, so that no tile waits for what the ranks send.
+    """What the two warpgroups do that multiply. `shared_by` is None, or what `unit_link` needs: results are then added
+    up over ranks, after the last tile, so that no tile waits for what the ranks send.
     """
     base, stage, stages, full, empty, x_bytes = ring
     sums_at, factors_at, received, may_send, owned = exchange
@@ -241,12 +238,14 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         while mine < owned:
             no_unroll()
             of_part = factors_at + 4 * (place[3] - first_token)
-            results = finish_part(sums_at + mine * slices * UNIT_BYTES + 16 * lane, of_part, width, slices, place, olds,
-                                  paired, outs)  # fmt: skip
-            if shared_by is not None and unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
+            at = sums_at + mine * slices * UNIT_BYTES + 16 * lane
+            results = sum_part(at, of_part, width, slices, olds, paired)
+            if shared_by is None:
+                put_part(place, results, paired, outs)
+            elif unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
                 link, counts = link_of(shared_by)
                 unit = unit_of(mine * slices + rank, tile, first_token, heights[0])
-                send_unit(link, next_of_unit(counts, unit), unit, results)
+                send_unit(link, next_of_unit(counts, unit), shared_by[4], unit, results)
             mine += CONSUMERS // 32
             if mine < owned:
                 place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
@@ -316,10 +315,10 @@ def wide_128_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
-                            stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
-                            residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers, stop,
-                            rank, ranks):  # fmt: skip
+def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1,
+                               m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
+                               residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers,
+                               stop, rank, ranks):  # fmt: skip
     """The same of one weight, added up over ranks."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
@@ -328,10 +327,10 @@ def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, nor
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def wide_128_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
-                            stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
-                            residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers, stop,
-                            rank, ranks):  # fmt: skip
+def wide_128_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0,
+                               m1, m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles,
+                               kv_tiles, residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes,
+                               peers, stop, rank, ranks):  # fmt: skip
     """The same of one weight, added up over ranks."""
     wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,

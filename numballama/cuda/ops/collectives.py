@@ -46,6 +46,12 @@ def _peers(ctx: LaunchContext, rank: int) -> Peers:
     return ctx.peers
 
 
+def empty_parts(ranks: int) -> list[tuple[int, int]]:
+    """(begin, end) of the bytes of `exchange` that are 0xFF before the first exchange: where no results have come."""
+    begin, half = ranks * (WORD_SLOT + FLAG_SLOT), 4 * exchange_size(ranks)
+    return [(at + begin, at + begin + ranks * (ROW_SLOT + UNIT_SLOT)) for at in (0, half)]
+
+
 @dataclass(frozen=True)
 class Sums:
     """Where a linear step adds up its results over ranks: the operands of an `all_reduce`."""

@@ -83,8 +83,8 @@ def launch(
     ctx: LaunchContext, rounded: Array, of_x: Mapping[str, Argument], w: Sequence[Matrix], paired: bool, rows: int,
     kv_rows: int, of_results: Mapping[str, Argument], division: Division, sums: Sums | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values. Results of one weight are added
-    up over ranks if there are `sums`.
+    """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values. Results of one weight are
+    added up over ranks if there are `sums`.
 
     `of_x` are the arguments about X from `x_scales` to `columns`, `of_results` those from `residual` to `v`.
     """

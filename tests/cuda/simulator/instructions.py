@@ -313,6 +313,8 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_relaxed_v2_u64": _system_load(np.int64, 2),
     "ld_relaxed_v4_f32": _system_load(np.float32, 4),
     "st_release_u32": _system_store(np.uint32),
+    "st_relaxed_u32": _system_store(np.uint32),
+    "st_relaxed_v4_u32": _system_store(np.uint32, 4),
     "st_relaxed_u64": _system_store(np.int64),
     "st_relaxed_v2_u64": _system_store(np.int64, 2),
     "st_v4_u32": _system_store(np.uint32, 4),
