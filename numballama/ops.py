@@ -238,9 +238,20 @@ def _exchanged(x: Value, exchange: Value, arrivals: Value, rank: int, needed: in
     return [(exchange.shape, exchange.dtype), (arrivals.shape, arrivals.dtype)]
 
 
-@rule("all_reduce", inputs=("x", *EXCHANGE), outputs=("out", *_EXCHANGED), attrs=("rank",), inplace=_EXCHANGED)
+@rule(
+    "all_reduce",
+    inputs=("x", *EXCHANGE),
+    outputs=("out", *_EXCHANGED),
+    attrs=("rank", "half"),
+    optional=("half",),
+    inplace=_EXCHANGED,
+)
 def _all_reduce(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """x[T, D] of each rank → their sum in the order of ranks, [T, D], the same bits on every rank"""
+    """x[T, D] of each rank → their sum in the order of ranks, [T, D], the same bits on every rank
+
+    A kernel that counts no exchanges uses half number `half` of the memory: those of neighbouring sums alternate.
+    """
+    expect(attrs.get("half", 0) in (0, 1), "wants half 0 or 1")
     x, exchange, arrivals = inputs
     needed = arrivals.shape[0] * x.shape[-1]
     return [(x.shape, "f32"), *_exchanged(x, exchange, arrivals, attrs["rank"], needed)]
@@ -277,14 +288,14 @@ fused_rule(
     "linear_all_reduce",
     inputs=("x", "weight", *EXCHANGE),
     outputs=("out", *_EXCHANGED),
-    attrs=("rank",),
+    attrs=("rank", "half"),
     inplace=_EXCHANGED,
 )
 fused_rule(
     "linear_add_all_reduce",
     inputs=("x", "weight", "residual", *EXCHANGE),
     outputs=("out", *_EXCHANGED),
-    attrs=("rank",),
+    attrs=("rank", "half"),
     inplace=_EXCHANGED,
 )
 fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",), optional=("group",))

@@ -222,7 +222,7 @@ def rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 @kernel("all_reduce", "reference", ANY, ANY, ANY)
 def all_reduce(
-    x: Sequence[np.ndarray], exchange: np.ndarray, arrivals: np.ndarray, rank: int
+    x: Sequence[np.ndarray], exchange: np.ndarray, arrivals: np.ndarray, rank: int, half: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x are the operands of all ranks, in their order: this definition needs no memory to exchange them."""
     return np.sum([part.astype(np.float64) for part in x], axis=0), exchange, arrivals

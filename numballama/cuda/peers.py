@@ -23,15 +23,16 @@ UNIT = 2 << 20
 
 
 class PeerMemory:
-    """This rank's memory: `exchange`, `arrivals` and `tokens` i64 [2, TOKEN_ROWS], one after the other.
+    """This rank's memory: `exchange` for results of `columns` columns, `arrivals`, and `tokens` i64 [2, TOKEN_ROWS],
+    one after the other.
 
     `handle` is for the other ranks, whose handles `connect` takes. The memory is ready then: no rank may write before
     all have made theirs. Raises `DeviceError` if too little memory is free.
     """
 
-    def __init__(self, device: Device, rank: int, ranks: int) -> None:
+    def __init__(self, device: Device, rank: int, ranks: int, columns: int) -> None:
         self.rank, self._device = rank, device
-        exchange, arrivals = (2, exchange_size(ranks)), (ranks, WORKERS, CELL)
+        exchange, arrivals = (2, exchange_size(ranks, columns)), (ranks, WORKERS, CELL)
         nbytes = 4 * int(np.prod(exchange)) + 4 * int(np.prod(arrivals)) + 8 * 2 * TOKEN_ROWS
         self._memory = Memory(device, round_up(nbytes, UNIT), "the memory that ranks share")
         self._others: list[MappedMemory] = []
@@ -39,7 +40,7 @@ class PeerMemory:
         self._tables: Memory | None = None
         try:
             device.fill(self._memory.address, 0, self._memory.nbytes)
-            for begin, end in empty_parts(ranks):
+            for begin, end in empty_parts(ranks, columns):
                 device.fill(self._memory.address + begin, 0xFF, end - begin)
             device.synchronize()
             self.handle = self._memory.handle()

@@ -341,7 +341,7 @@ class ProcessBackend(RanksBackend):
 
         first: CpuRank | GpuRank | None = None
         if self.on_gpus:
-            exchange = exchange_on_gpus(ranks)
+            exchange = exchange_on_gpus(ranks, config.dim)
             sizes = Sizes(ranks, exchange[0], 0)
         else:
             if threads is None:

@@ -84,7 +84,7 @@ class GpuRank(RankDevice):
 
         self.rank, self.backend = rank, CudaBackend(weights, device, batch_invariant)
         try:
-            self._peers = PeerMemory(self.backend.device, rank, ranks)
+            self._peers = PeerMemory(self.backend.device, rank, ranks, weights["tok_embeddings"].shape[1])
         except BaseException:
             self.backend.close()
             raise
@@ -119,8 +119,10 @@ def open_rank(
     return GpuRank(rank, weights, device, ranks, batch_invariant)
 
 
-def exchange_on_gpus(ranks: int) -> tuple[int, int]:
-    """Blocks of a rank on a GPU that exchange values at the same time, and numbers that ranks exchange at once."""
+def exchange_on_gpus(ranks: int, columns: int) -> tuple[int, int]:
+    """Blocks of a rank on a GPU that exchange values at the same time, and numbers in a half of what they exchange, for
+    values of `columns` columns.
+    """
     from ..cuda.ops import collectives
 
-    return collectives.WORKERS, collectives.exchange_size(ranks)
+    return collectives.WORKERS, collectives.exchange_size(ranks, columns)

@@ -155,14 +155,14 @@ def assemble_ranks() -> set[str]:
     shares, ops = Shares.of(config, types, 2), set[str]()
     of_ranks = [rank_weights(weights, shares, rank) for rank in range(2)]
     backends = [CudaBackend(own) for own in of_ranks]
-    memory = [PeerMemory(backend.device, rank, 2) for rank, backend in enumerate(backends)]
+    memory = [PeerMemory(backend.device, rank, 2, 64) for rank, backend in enumerate(backends)]
     handles, page = [each.handle for each in memory], np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8)
     for rank, backend in enumerate(backends):
         backend.join(memory[rank].connect(handles, shares.vocab, page, 0))
         for most in (collectives.WORDS_UP_TO, 0):
             with mock.patch.object(collectives, "WORDS_UP_TO", most):
                 graph = graph_of(config, weights, KVLayout.of(config, config.context), 1)
-                exchange = collectives.WORKERS, collectives.exchange_size(2)
+                exchange = collectives.WORKERS, collectives.exchange_size(2, 64)
                 own = {name: weight.type for name, weight in of_ranks[rank].items()}
                 decode = backend.program(shard(graph, own, shares, rank, *exchange).graph)
                 ops |= {step.op.kind for step in decode.plan.steps}

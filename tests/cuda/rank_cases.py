@@ -22,16 +22,19 @@ from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
 from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, upload
 
+COLUMNS = 512
+"""The most columns of a linear step's results here."""
+
 
 class Ranks:
     """Several ranks, each with memory that the others reach. `stop` i32 [4]: the fourth ends waits."""
 
     def __init__(self, machines: Sequence[Any], tokens: int, shares: Sequence[int]) -> None:
         self.machines, count = machines, len(shares)
-        exchange, arrivals = (2, collectives.exchange_size(count)), (count, collectives.WORKERS, CELL)
+        exchange, arrivals = (2, collectives.exchange_size(count, COLUMNS)), (count, collectives.WORKERS, CELL)
         nbytes = 4 * int(np.prod(exchange)) + 4 * int(np.prod(arrivals)) + 16 * TOKEN_ROWS
         begin = np.zeros(nbytes, np.uint8)
-        for first, end in collectives.empty_parts(count):
+        for first, end in collectives.empty_parts(count, COLUMNS):
             begin[first:end] = 0xFF
         memory = [machine.put(begin, "u8") for machine in machines]
         borders = list(accumulate(shares, initial=0))
@@ -112,11 +115,12 @@ def linear_all_reduce(
         matrix, _ = upload(machine, rng.standard_normal((width, columns)) * columns**-0.5, kind)
         values = [machine.put(begin, "f32")]
         values += [machine.put(np.full((rows, width), UNTOUCHED, np.float32), "f32") for _ in range(times)]
-        for residual, out in pairwise(values):
+        for turn, (residual, out) in enumerate(pairwise(values)):
             added = rank == 0
             own += launches_of(
                 machine, f"linear_{'add_' * added}all_reduce", ["f32", kind, *["f32"] * added, "f32", "i32"],
                 [x, matrix, *[residual] * added, peers.exchange, peers.arrivals], [out], rank=rank,
+                half=turn & 1,
             )  # fmt: skip
         assert "all_reduce" in own[-1].name and not any(launch.name.startswith("all_reduce") for launch in own)
         launches.append(own)

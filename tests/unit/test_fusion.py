@@ -24,6 +24,7 @@ CHANGES: dict[str, dict[str, int]] = {
         "linear": -1,
         "norm_linear": 1,
     },  # alone it finds only the classifier: others read thrice, twice
+    "all_reduce": {},  # one rank adds nothing up
     "qkv_rope": {},  # the CPU has no kernel for what it makes
 }
 

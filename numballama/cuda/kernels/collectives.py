@@ -13,8 +13,7 @@ exchange in between, the other rank must have read it. All ranks launch the same
 
 The kernels of linear steps add up their own results: a thread sends a number as soon as it has it, to a place that was
 `EMPTY`, and waits until those of all ranks have come (`add_up`): neither flag nor count travels. Who has read a number
-makes its place empty again. The halves alternate by a count for each number of a token, or each unit of 256 of more
-tokens, as any block may have it.
+makes its place empty again. They take the half that their op names: those of neighbouring exchanges alternate.
 
 `stop` is the address of a word in host memory. Once it is not 0, nobody waits any more: results are then arbitrary, and
 the host says so.
@@ -41,7 +40,7 @@ from ..system_memory import (
 )
 from .common import add4, device, pdl_sync
 from .params import EXCHANGE_THREADS as THREADS
-from .params import FLAG_NUMBERS, FLAG_SLOT, ROW_NUMBERS, ROW_SLOT, TOKEN_ROWS, UNIT_SLOT, WORD_NUMBERS, WORD_SLOT
+from .params import FLAG_NUMBERS, FLAG_SLOT, TOKEN_ROWS, WORD_NUMBERS, WORD_SLOT
 from .params import SKINNY_UNIT as UNIT
 
 CELL_BYTES = 64
@@ -108,25 +107,9 @@ def receive_pair(where, number, stop):
 
 
 @device
-def link_to(at, slot, exchange, half_bytes, peers, stop, ranks):
-    """What `send` and `add_up` need, for slots of a size from byte `at` of a half on."""
-    return at, slot, half_bytes, address(exchange, 0), peers, stop, ranks
-
-
-@device
-def row_link(exchange, half_bytes, peers, stop, rank, ranks):
-    """What `send` and `add_up` need for the numbers of a token, and the address of the numbers' counts."""
-    at = ranks * (WORD_SLOT + FLAG_SLOT)
-    counts = address(exchange, 0) + at + ranks * (ROW_SLOT + UNIT_SLOT)
-    return link_to(at, ROW_SLOT, exchange, half_bytes, peers, stop, ranks), counts
-
-
-@device
-def unit_link(exchange, half_bytes, peers, stop, rank, ranks):
-    """The same for units of 256 numbers, and the address of the units' counts."""
-    at = ranks * (WORD_SLOT + FLAG_SLOT + ROW_SLOT)
-    counts = address(exchange, 0) + at + ranks * UNIT_SLOT + 4 * ROW_NUMBERS
-    return link_to(at, UNIT_SLOT, exchange, half_bytes, peers, stop, ranks), counts
+def link_of(exchange, inbox_at, slot, peers, stop, rank, ranks):
+    """What the functions below need: slots of `slot` bytes, one of each rank, from byte `inbox_at` of all memory on."""
+    return inbox_at, slot, address(exchange, 0), peers, stop, rank, ranks
 
 
 @device
@@ -137,19 +120,18 @@ def number_to_send(x):
 
 
 @device
-def send(link, number, rank, i, a):
+def send(link, i, a):
     """Send number i to all ranks, this one too."""
-    at, slot, half_bytes, _, peers, _, ranks = link
-    place = at + (number & 1) * half_bytes + rank * slot + 4 * i
+    inbox_at, slot, _, peers, _, rank, ranks = link
     for other in range(ranks):
-        st_relaxed_u32(peers[other] + place, number_to_send(a))
+        st_relaxed_u32(peers[other] + inbox_at + rank * slot + 4 * i, number_to_send(a))
 
 
 @device
-def add_up(link, number, i):
+def add_up(link, i):
     """The sum of number i of all ranks, in their order. Their places are empty then."""
-    at, slot, half_bytes, own, _, stop, ranks = link
-    place, total = own + at + (number & 1) * half_bytes + 4 * i, np.float32(0)
+    inbox_at, slot, own, _, stop, _, ranks = link
+    place, total = own + inbox_at + 4 * i, np.float32(0)
     for other in range(ranks):
         bits, looks = ld_relaxed_u32(place), 0
         while bits == EMPTY and not is_stopped(looks, stop):
@@ -162,31 +144,13 @@ def add_up(link, number, i):
 
 
 @device
-def next_of_unit(counts, unit):
-    """The number of a unit's next exchange, which is noted. All lanes of the warp have the same unit."""
-    count = counts + 4 * unit
-    number = after(np.int64(ld_relaxed_u32(count)))
-    cuda.syncwarp()  # all lanes have read it
-    if cuda.threadIdx.x & 31 == 0:
-        st_global_u32(count, np.uint32(number))
-    return number
-
-
-@device
-def place_in_unit(link, number, unit):
-    """Byte of a rank's memory where this lane's eight numbers of a unit lie, of the first slot: four, and 512 bytes
-    further four.
-    """
-    return link[0] + (number & 1) * link[2] + 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31)
-
-
-@device
-def send_unit(link, number, rank, unit, results):
+def send_unit(link, unit, results):
     """Send this lane's results of a unit, of four rows for two tokens each, to all ranks, this one too."""
+    inbox_at, slot, _, peers, _, rank, ranks = link
     first, second, third, fourth = results
-    place = place_in_unit(link, number, unit) + rank * link[1]
-    for other in range(link[6]):
-        to = link[4][other] + place
+    place = inbox_at + rank * slot + 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31)
+    for other in range(ranks):
+        to = peers[other] + place
         st_relaxed_v4_u32(to, number_to_send(first[0]), number_to_send(first[1]), number_to_send(second[0]),
                           number_to_send(second[1]))  # fmt: skip
         st_relaxed_v4_u32(to + 2 * UNIT, number_to_send(third[0]), number_to_send(third[1]), number_to_send(fourth[0]),
@@ -203,19 +167,29 @@ def is_missing(four):
 
 
 @device
-def add_up_unit(link, number, unit):
-    """The sums of this lane's results of a unit over all ranks, in their order. Their places are empty then."""
-    at, zero = link[3] + place_in_unit(link, number, unit), np.float32(0)
+def add_up_eight(link, at, distance):
+    """The sums over all ranks, in their order, of four numbers at byte `at` of a slot and of four `distance` bytes
+    further. Their places are empty then.
+    """
+    inbox_at, slot, own, _, stop, _, ranks = link
+    place, zero = own + inbox_at + at, np.float32(0)
     upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    for other in range(link[6]):
-        a, b, looks = ld_relaxed_v4_f32(at), ld_relaxed_v4_f32(at + 2 * UNIT), 0
-        while (is_missing(a) or is_missing(b)) and not is_stopped(looks, link[5]):
+    for other in range(ranks):
+        a, b, looks = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance), 0
+        while (is_missing(a) or is_missing(b)) and not is_stopped(looks, stop):
             looks += 1
-            a, b = ld_relaxed_v4_f32(at), ld_relaxed_v4_f32(at + 2 * UNIT)
-        st_v4_u32(at, EMPTY, EMPTY, EMPTY, EMPTY)
-        st_v4_u32(at + 2 * UNIT, EMPTY, EMPTY, EMPTY, EMPTY)
+            a, b = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance)
+        st_v4_u32(place, EMPTY, EMPTY, EMPTY, EMPTY)
+        st_v4_u32(place + distance, EMPTY, EMPTY, EMPTY, EMPTY)
         upper, lower = (a, b) if other == 0 else (add4(upper, a), add4(lower, b))
-        at += link[1]
+        place += slot
+    return upper, lower
+
+
+@device
+def add_up_unit(link, unit):
+    """The sums of this lane's results of a unit over all ranks."""
+    upper, lower = add_up_eight(link, 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31), 2 * UNIT)
     return (upper[0], upper[1]), (upper[2], upper[3]), (lower[0], lower[1]), (lower[2], lower[3])
 
 

@@ -32,11 +32,9 @@ from ..intrinsics import (
     griddepcontrol_wait,
     no_unroll,
     shared_address,
-    st_global_u32,
 )
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
-from ..system_memory import ld_relaxed_u32
-from .collectives import add_up, after, row_link, send
+from .collectives import add_up, link_of, send
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
@@ -150,11 +148,11 @@ def fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, 
 
 @device
 def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early, first,
-           second, wanted, count):  # fmt: skip
+           second, wanted):  # fmt: skip
     """Compute the sums of this block's pairs of rows, in slices, into shared memory. Ends with a barrier.
 
-    Returns early[first] and early[second] if `wanted`, and the number at the address `count` unless that is 0: operands
-    of the epilogue, loaded as soon as the preceding kernel has finished.
+    Returns early[first] and early[second] if `wanted`: operands of the epilogue, loaded as soon as the preceding kernel
+    has finished.
 
     `rows` is (last row of a LINEAR weight, which replaces a row after the end; pairs of queries; pairs of keys; half;
     1 / half). If `half` is not 0, row i of queries and keys is paired with row i + half of its head. `weights` and
@@ -192,11 +190,9 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         no_unroll()
         cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
     griddepcontrol_wait()
-    early1, early2, number = np.float32(0), np.float32(0), np.uint32(0)
+    early1, early2 = np.float32(0), np.float32(0)
     if wanted:
         early1, early2 = early[first], early[second]
-    if count != 0:
-        number = ld_relaxed_u32(count)
     stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
     cuda.syncthreads()
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with the loads of x
@@ -225,7 +221,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
             local += groups
     cp_async_wait_all()
     cuda.syncthreads()
-    return early1, early2, number
+    return early1, early2
 
 
 @device
@@ -251,9 +247,9 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     out_index = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and out_index < (t + 1) * rows
-    early1, _, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
-                          (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout,
-                          shared, residual, out_index, out_index, wanted, 0)  # fmt: skip
+    early1, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
+                       (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout,
+                       shared, residual, out_index, out_index, wanted)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
@@ -267,7 +263,7 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 @launch_bounds(min_blocks=3)
 @cuda.jit
 def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, shift, residual, added, out, rows,
-                             columns, exchange, half_bytes, peers, stop, rank, ranks, slices, log2_slices, x_at,
+                             columns, exchange, inbox_at, slot, peers, stop, rank, ranks, slices, log2_slices, x_at,
                              sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """out = the sum of W · x over ranks, of one token, plus `residual` of the ranks for which it is `added`.
 
@@ -277,22 +273,18 @@ def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, sh
     base = address(weight, 0)
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     row = 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
-    link, counts = row_link(exchange, half_bytes, peers, stop, rank, ranks)
-    count = counts + 4 * row if row < rows else 0
-    early1, _, counted = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, 0, x, 0, weight,
-                                (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns,
-                                layout, shared, residual, row, row, added and row < rows, count)  # fmt: skip
+    link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
+    early1, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, 0, x, 0, weight, (base, base, base, stride),
+                       (scales, scales, scales, scale_stride), shift, columns, layout, shared, residual, row, row,
+                       added and row < rows)  # fmt: skip
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
         if row < rows:
-            if i >= THREADS:
-                counted = ld_relaxed_u32(counts + 4 * row)
-            value, number = slice_sum(shared, layout, i >> 1, i & 1), after(np.int64(counted))
+            value = slice_sum(shared, layout, i >> 1, i & 1)
             if added:
                 value += early1 if i < THREADS else residual[row]
-            send(link, number, rank, row, value)
-            st_global_u32(counts + 4 * row, np.uint32(number))
-            out[row] = add_up(link, number, row)
+            send(link, row, value)
+            out[row] = add_up(link, row)
 
 
 @launch_bounds(min_blocks=3)
@@ -307,8 +299,7 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, w1_scales, w3_s
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
-           (w1_scales, w3_scales, w3_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False,
-           0)  # fmt: skip
+           (w1_scales, w3_scales, w3_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         gate = slice_sum(shared, layout, local, 0) * factor
@@ -331,8 +322,7 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_s
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     row_pairs = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, row_pairs, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-           (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False,
-           0)  # fmt: skip
+           (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
@@ -376,10 +366,10 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales,
     # index of the token's key of head 0, before the wait: no kernel writes the page table
     new_at = kv_index((page_table, table_stride, log2_page), sequences[t], 0, positions[t], kv_heads, head_dim)
     angle = angle_index(cuda.threadIdx.x, pairs, row_pairs, head_dim, inverse_head_dim, interleaved) + t * head_dim
-    cos, sin, _ = stream(QKV, row_pairs, x, t * columns, norm, normed, wq,
-                         (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-                         (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, angles, angle,
-                         angle + (head_dim >> 1), True, 0)  # fmt: skip
+    cos, sin = stream(QKV, row_pairs, x, t * columns, norm, normed, wq,
+                      (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+                      (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, angles, angle,
+                      angle + (head_dim >> 1), True)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, row_pairs)

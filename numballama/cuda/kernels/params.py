@@ -139,12 +139,6 @@ WORDS_UP_TO = 65536
 """Most numbers of a program's exchange for which words are faster than flags."""
 WORD_SLOT, FLAG_SLOT = 8 * WORD_BLOCKS * WORD_NUMBERS, 4 * FLAG_BLOCKS * FLAG_NUMBERS
 """Bytes of what one rank sends to another at most before it hears from that one, as words and with flags."""
-ROW_NUMBERS, UNITS_AT_ONCE = 65536, 4096
-"""The most results of a linear step whose kernel adds them up over ranks: numbers of one token, and units for more."""
-ROW_SLOT, UNIT_SLOT = 4 * ROW_NUMBERS, 4 * UNITS_AT_ONCE * SKINNY_UNIT
-"""Bytes of what one rank sends to another of these."""
-COUNT_BYTES = 4 * (ROW_NUMBERS + UNITS_AT_ONCE)
-"""Bytes of a rank's counts of its exchanges of each number and each unit."""
 TOKEN_ROWS = 1024
 """Most rows whose tokens rank 0 sends to the others."""
 

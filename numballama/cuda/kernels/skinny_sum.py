@@ -21,7 +21,7 @@ from ..intrinsics import (
     no_unroll,
     rsqrt_approx,
 )
-from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
+from .collectives import add_up_unit, link_of, send_unit
 from .common import LOG2_E, add4, device
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
@@ -186,8 +186,8 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
 
 @cuda.jit
 def skinny_sum_all_reduce_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, residual, added,
-                                 out, rows, slices, groups, log2_units, log2_row_warps, exchange, half_bytes, peers,
-                                 stop, rank, ranks):  # fmt: skip
+                                 out, rows, slices, groups, log2_units, log2_row_warps, exchange, inbox_at, slot,
+                                 peers, stop, rank, ranks):  # fmt: skip
     """The same for one weight, and add up the results over ranks."""
     griddepcontrol_launch_dependents()
     group = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
@@ -198,8 +198,6 @@ def skinny_sum_all_reduce_kernel(tokens, partials, scales, squares, capacity, no
         tokens, partials, scales, squares, capacity, normed, eps, columns, False, residual, added, rows, slices,
         groups, group, log2_units, log2_row_warps,
     )  # fmt: skip
-    link, counts = unit_link(exchange, half_bytes, peers, stop, rank, ranks)
-    unit = cuda.blockIdx.y * groups + group
-    number = next_of_unit(counts, unit)
-    send_unit(link, number, rank, unit, results)
-    put_unit(False, row, token, here, add_up_unit(link, number, unit), rows, 0, (out, out, out))
+    link, unit = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks), cuda.blockIdx.y * groups + group
+    send_unit(link, unit, results)
+    put_unit(False, row, token, here, add_up_unit(link, unit), rows, 0, (out, out, out))

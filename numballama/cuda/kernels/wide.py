@@ -39,10 +39,9 @@ from ..intrinsics import (
     uint_as_float,
 )
 from ..quant_traits import has_scales, scale_bytes
-from ..system_memory import ld_relaxed_u32
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
-from .collectives import add_up_unit, next_of_unit, send_unit, unit_link
+from .collectives import add_up_unit, link_of, send_unit
 from .common import add4, device, launch_bounds
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
@@ -155,13 +154,6 @@ def put_part(place, results, paired, outs):
 
 
 @device
-def link_of(shared_by):
-    """What `send_unit` and `add_up_unit` need, and the address of the units' counts."""
-    exchange, half_bytes, peers, stop, rank, ranks = shared_by
-    return unit_link(exchange, half_bytes, peers, stop, rank, ranks)
-
-
-@device
 def unit_of(part, tile, first_token, height):
     """Number of the unit of a tile's part: the same on every rank, and for any division of K."""
     groups = (height + 31) >> 5
@@ -175,7 +167,7 @@ def unit_exists(part, tile, first_token, tokens, height):
 
 
 @device
-def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, height, out):
+def add_up_tiles(link, rank, slices, owned, tiles, first_token, tokens, height, out):
     """Add up over ranks what this block has sent, and write it."""
     tile, lane = cuda.blockIdx.x, cuda.threadIdx.x & 31
     while tile < tiles:
@@ -188,16 +180,15 @@ def add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, 
                 token = first_token + 8 * (part >> 2) + 2 * (lane & 3)
                 row, here = tile * ROWS + 32 * (part & 3) + (lane >> 2), tokens - token
                 unit = unit_of(part, tile, first_token, height)
-                number = np.int64(ld_relaxed_u32(counts + 4 * unit))
-                put_unit(False, row, token, here, add_up_unit(link, number, unit), height, 0, (out, out, out))
+                put_unit(False, row, token, here, add_up_unit(link, unit), height, 0, (out, out, out))
             mine += CONSUMERS // 32
         tile += cuda.gridDim.x
 
 
 @device
 def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
-             sections, heights, residual, added, outs, shared_by):  # fmt: skip
-    """What the two warpgroups do that multiply. `shared_by` is None, or what `unit_link` needs: results are then added
+             sections, heights, residual, added, outs, link):  # fmt: skip
+    """What the two warpgroups do that multiply. `link` is None, or what `send_unit` needs: results are then added
     up over ranks, after the last tile, so that no tile waits for what the ranks send.
     """
     base, stage, stages, full, empty, x_bytes = ring
@@ -240,12 +231,10 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             of_part = factors_at + 4 * (place[3] - first_token)
             at = sums_at + mine * slices * UNIT_BYTES + 16 * lane
             results = sum_part(at, of_part, width, slices, olds, paired)
-            if shared_by is None:
+            if link is None:
                 put_part(place, results, paired, outs)
             elif unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
-                link, counts = link_of(shared_by)
-                unit = unit_of(mine * slices + rank, tile, first_token, heights[0])
-                send_unit(link, next_of_unit(counts, unit), shared_by[4], unit, results)
+                send_unit(link, unit_of(mine * slices + rank, tile, first_token, heights[0]), results)
             mine += CONSUMERS // 32
             if mine < owned:
                 place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
@@ -256,15 +245,14 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         phase ^= 1
         tile += cuda.gridDim.x
     mbarrier_wait(may_send, phase ^ 1)  # nobody arrives here or sends any more
-    if shared_by is not None:
-        link, counts = link_of(shared_by)
-        add_up_tiles(link, counts, rank, slices, owned, tiles, first_token, tokens, heights[0], outs[0])
+    if link is not None:
+        add_up_tiles(link, rank, slices, owned, tiles, first_token, tokens, heights[0], outs[0])
 
 
 @device
 def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, weights, maps, stride, scales,
          scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, outs, steps_here, row_steps,
-         stages, bias, shared_by):  # fmt: skip
+         stages, bias, link):  # fmt: skip
     """The body of the kernels here: blockIdx.x counts clusters, blockIdx.y tiles of tokens, blockIdx.z slices of K."""
     width = 2 * len(zeros)
     first_token = cuda.blockIdx.y * width
@@ -281,7 +269,7 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
     if cuda.threadIdx.x < CONSUMERS:
         of_x = x_scales, squares, capacity, normed, eps, columns
         multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens[0], of_x,
-                 paired, sections, (rows, kv_rows), residual, added, outs, shared_by)  # fmt: skip
+                 paired, sections, (rows, kv_rows), residual, added, outs, link)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -317,24 +305,24 @@ def wide_128_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, 
 @cuda.jit
 def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1,
                                m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
-                               residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes, peers,
-                               stop, rank, ranks):  # fmt: skip
+                               residual, added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at, slot,
+                               peers, stop, rank, ranks):  # fmt: skip
     """The same of one weight, added up over ranks."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
-         row_steps, stages, bias, (exchange, half_bytes, peers, stop, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, link_of(exchange, inbox_at, slot, peers, stop, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wide_128_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0,
                                m1, m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles,
-                               kv_tiles, residual, added, q, k, v, steps, row_steps, stages, bias, exchange, half_bytes,
-                               peers, stop, rank, ranks):  # fmt: skip
+                               kv_tiles, residual, added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at,
+                               slot, peers, stop, rank, ranks):  # fmt: skip
     """The same of one weight, added up over ranks."""
     wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
-         row_steps, stages, bias, (exchange, half_bytes, peers, stop, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, link_of(exchange, inbox_at, slot, peers, stop, rank, ranks))  # fmt: skip
 
 
 assert GROUPS == 4, "`part` counts the groups of a unit's tokens"

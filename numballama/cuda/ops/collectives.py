@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import Error, UnsupportedError
-from ...memory import ceil_div
+from ...memory import ceil_div, round_up
 from ...registry import KernelRef, kernel
+from ..kernels.params import EXCHANGE_THREADS as THREADS
 from ..kernels.params import (
-    COUNT_BYTES,
     FLAG_BLOCKS,
     FLAG_NUMBERS,
     FLAG_SLOT,
-    ROW_SLOT,
-    UNIT_SLOT,
     WORD_BLOCKS,
     WORD_NUMBERS,
     WORD_SLOT,
     WORDS_UP_TO,
 )
-from ..kernels.params import EXCHANGE_THREADS as THREADS
 from ..launch import Argument, Array, Launch, LaunchContext, Peers, named
 
 KERNELS = "numballama.cuda.kernels.collectives"
@@ -32,24 +29,28 @@ RECEIVE_TOKENS = KernelRef(KERNELS, "receive_tokens_kernel")
 WORKERS = max(WORD_BLOCKS, FLAG_BLOCKS)
 """Entries of a rank in `arrivals`: the blocks that exchange at the same time."""
 
+RESULT_TOKENS = 2048
+"""Tokens of a run whose linear steps exchange their results at most."""
+WIDEST = 256
+"""Columns of the widest tile of results."""
 
-def exchange_size(ranks: int) -> int:
-    """Float32 in a half of `exchange`: slots of each rank for words, for numbers with flags, and for the results of
-    linear steps; then this rank's counts of the last.
+
+def exchange_size(ranks: int, columns: int) -> int:
+    """Float32 in a half of `exchange`: slots of each rank for words, for numbers with flags, and for results of linear
+    steps, which have `columns` columns.
     """
-    return (ranks * (WORD_SLOT + FLAG_SLOT + ROW_SLOT + UNIT_SLOT) + COUNT_BYTES) // 4
+    return ranks * (WORD_SLOT + FLAG_SLOT + 4 * result_numbers(columns)) // 4
 
 
-def _peers(ctx: LaunchContext, rank: int) -> Peers:
-    if ctx.peers is None or ctx.peers.rank != rank:
-        raise Error(f"a graph of rank {rank} is bound on a backend that is not this rank: call `join` first")
-    return ctx.peers
+def result_numbers(columns: int) -> int:
+    """Results of a linear step that ranks exchange at once: whole tiles of the largest run and of all columns."""
+    return RESULT_TOKENS * (round_up(columns, WIDEST) + WIDEST)
 
 
-def empty_parts(ranks: int) -> list[tuple[int, int]]:
+def empty_parts(ranks: int, columns: int) -> list[tuple[int, int]]:
     """(begin, end) of the bytes of `exchange` that are 0xFF before the first exchange: where no results have come."""
-    begin, half = ranks * (WORD_SLOT + FLAG_SLOT), 4 * exchange_size(ranks)
-    return [(at + begin, at + begin + ranks * (ROW_SLOT + UNIT_SLOT)) for at in (0, half)]
+    begin, half = ranks * (WORD_SLOT + FLAG_SLOT), 4 * exchange_size(ranks, columns)
+    return [(begin, half), (half + begin, 2 * half)]
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,34 @@ class Sums:
     exchange: Array
     arrivals: Array
     rank: int
+    half: int
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a rank's results."""
+        return self.exchange.nbytes // 2 // self.arrivals.shape[0] - WORD_SLOT - FLAG_SLOT
+
+    def hold(self, numbers: int) -> bool:
+        """Whether so many numbers can be exchanged at once."""
+        return 4 * numbers <= self.slot
 
     def arguments(self, ctx: LaunchContext) -> dict[str, Argument]:
         """The arguments of a kernel that adds up its own results."""
-        peers = _peers(ctx, self.rank)
+        peers, ranks = _peers(ctx, self.rank), self.arrivals.shape[0]
         return named(
-            exchange=self.exchange, half_bytes=self.exchange.nbytes // 2, peers=peers.addresses, stop=peers.stop,
-            rank=self.rank, ranks=self.arrivals.shape[0],
+            exchange=self.exchange, inbox_at=self.half * self.exchange.nbytes // 2 + ranks * (WORD_SLOT + FLAG_SLOT),
+            slot=self.slot, peers=peers.addresses, stop=peers.stop, rank=self.rank, ranks=ranks,
         )  # fmt: skip
 
     def of(self, ctx: LaunchContext, out: Array) -> list[Launch]:
         """The launch that adds up results after the step."""
         return all_reduce(ctx, out, self.exchange, self.arrivals, out, self.rank)
+
+
+def _peers(ctx: LaunchContext, rank: int) -> Peers:
+    if ctx.peers is None or ctx.peers.rank != rank:
+        raise Error(f"a graph of rank {rank} is bound on a backend that is not this rank: call `join` first")
+    return ctx.peers
 
 
 @kernel("all_reduce", "cuda", "f32", "f32", "i32")

@@ -13,7 +13,6 @@ from ..kernels.params import (
     GEMV_THREADS,
     GEMV_WARPS,
     Q6_K_FACTORS_AT,
-    ROW_NUMBERS,
     SCALE_BYTES,
     X_LANE_STRIDE,
 )
@@ -141,7 +140,7 @@ def linear_all_reduce(
 ) -> list[Launch]:
     """out[1, N] = the sum of x[1, K] · W[N, K]ᵀ over ranks, plus `residual` of ranks that have one."""
     rows, columns = weight.shape
-    if x.shape[0] > 1 or rows > ROW_NUMBERS:
+    if x.shape[0] > 1 or not sums.hold(rows):
         return linear(ctx, x, None, 0.0, weight, residual, out) + sums.of(ctx, out)
     (blocks, _), layout, shared = _shape(ctx, weight, ceil_div(rows, 2), 1)
     arguments = named(

@@ -92,16 +92,16 @@ def _linear_all_reduce(
 
 def linear_all_reduce(
     ctx: LaunchContext, x: Array, weight: Matrix, exchange: Array, arrivals: Array, out: Array, workspace: Array,
-    rank: int,
+    rank: int, half: int,
 ) -> list[Launch]:  # fmt: skip
-    return _linear_all_reduce(ctx, x, weight, None, out, workspace, Sums(exchange, arrivals, rank))
+    return _linear_all_reduce(ctx, x, weight, None, out, workspace, Sums(exchange, arrivals, rank, half))
 
 
 def linear_add_all_reduce(
     ctx: LaunchContext, x: Array, weight: Matrix, residual: Array, exchange: Array, arrivals: Array, out: Array,
-    workspace: Array, rank: int,
+    workspace: Array, rank: int, half: int,
 ) -> list[Launch]:  # fmt: skip
-    return _linear_all_reduce(ctx, x, weight, residual, out, workspace, Sums(exchange, arrivals, rank))
+    return _linear_all_reduce(ctx, x, weight, residual, out, workspace, Sums(exchange, arrivals, rank, half))
 
 
 def norm_linear(

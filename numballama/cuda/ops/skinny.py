@@ -24,7 +24,6 @@ from ..kernels.params import (
     SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
-    UNITS_AT_ONCE,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
@@ -125,7 +124,7 @@ def _launch(
     """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values. Results of one
     weight are added up over ranks if there are `sums`.
     """
-    if sums and ceil_div(weights[0].shape[0], SKINNY_ROWS) * ceil_div(x.shape[0], 8) > UNITS_AT_ONCE:
+    if sums and not sums.hold(round_up(weights[0].shape[0], SKINNY_ROWS) * round_up(x.shape[0], 8)):
         return _launch(ctx, x, norm, eps, weights, outs, paired, residual, workspace) + sums.of(ctx, outs[0])
     first, tokens, columns = weights[0], x.shape[0], x.shape[1]
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]

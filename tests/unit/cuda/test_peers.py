@@ -40,7 +40,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(rank: int) -> PeerMemory:
     device: Any = HostDevice()
-    return PeerMemory(device, rank, 2)
+    return PeerMemory(device, rank, 2, 64)
 
 
 def numbers_at(array: Array, dtype: Any) -> np.ndarray:
@@ -97,7 +97,7 @@ def array(*shape: int, dtype: str = "f32", address: int = 1 << 20) -> Array:
 
 
 def context(rank: int) -> LaunchContext:
-    exchange = array(2, collectives.exchange_size(2))
+    exchange = array(2, collectives.exchange_size(2, 64))
     arrivals = array(2, collectives.WORKERS, 16, dtype="i32", address=exchange.address + exchange.nbytes)
     mine = Peers(rank, exchange, arrivals, array(2, dtype="i64"), SHARES, array(3, dtype="i64"), 64)
     one = array(1, dtype="i32")
