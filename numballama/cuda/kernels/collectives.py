@@ -194,6 +194,38 @@ def add_up_unit(link, unit):
 
 
 @device
+def put_pair(out, row, column, rows, columns, a, b):
+    """Write two neighbouring results, if there are such a row and column."""
+    if row < rows and column < columns:
+        at = row * columns + column
+        out[at], out[at + 1] = a, b
+
+
+@cuda.jit
+def add_up_pieces_kernel(tokens, out, columns, width, exchange, inbox_at, slot, peers, stop, rank, ranks):
+    """out = the sums over ranks of results that `wgmma_gemm.send_piece` sent, of tiles of `width` columns.
+
+    128 threads, which stand for those of a warpgroup there, have 16 columns of 64 tokens at a time.
+    """
+    pdl_sync()  # `out` may be what the preceding kernel reads
+    link, rows = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks), tokens[0]
+    slabs, parts = 2 * ((rows + 127) >> 7), width >> 4
+    items = (columns + width - 1) // width * slabs * parts
+    thread, groups = cuda.threadIdx.x & 127, cuda.blockDim.x >> 7
+    row_in_slab = 16 * (thread >> 5) + ((thread & 31) >> 2)
+    for item in range(cuda.blockIdx.x * groups + (cuda.threadIdx.x >> 7), items, cuda.gridDim.x * groups):
+        piece, part = item // parts, item % parts
+        tile, slab = piece // slabs, piece % slabs
+        row, column = 64 * slab + row_in_slab, tile * width + 16 * part + 2 * (thread & 3)
+        if row < rows:
+            a, b = add_up_eight(link, 256 * width * piece + 4096 * part + 16 * thread, 2048)
+            put_pair(out, row, column, rows, columns, a[0], a[1])
+            put_pair(out, row + 8, column, rows, columns, a[2], a[3])
+            put_pair(out, row, column + 8, rows, columns, b[0], b[1])
+            put_pair(out, row + 8, column + 8, rows, columns, b[2], b[3])
+
+
+@device
 def wait_for_flag(where, number, stop):
     """Wait until a flag has this count, or a later one."""
     looks = 0

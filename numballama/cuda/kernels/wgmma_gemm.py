@@ -9,6 +9,10 @@ ahead and decode them (`wgmma_loads`). So loading goes on while a tile's results
 Where a tile of queries, keys or values has whole heads, they are finished in registers, too: queries and keys are
 rotated, keys and values go to the KV cache (`write_heads`). Otherwise that is a kernel of its own.
 
+Where ranks on several GPUs add up results, they are sent from registers to all of them as soon as a tile is done
+(`send_piece`), in the order in which lanes have them, so that 512 bytes of a warp are together. The link is busy while
+the next tile is multiplied. A kernel of its own adds them up (`collectives.add_up_pieces_kernel`).
+
 Tiles with the same rows of W are neighbours, so W comes from memory once and from the L2 cache after that.
 
 Why. mma.sync, as `gemm.py` uses it, does half as many operations a second. The floor is arithmetic: 2 · T · N · K at
@@ -44,6 +48,7 @@ from ..wgmma import (
     scale_columns,
     silu_and_mul_halves,
     st_cache_rows,
+    st_system_parts,
     wgmma_end,
     wgmma_tile,
     zeros_of,
@@ -127,9 +132,23 @@ def write_heads(sums, section, tile, t0, tokens, sizes, heads, outs):
 
 
 @device
-def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added, heads, outs):
+def send_piece(sums, tile, t0, tokens, link):
+    """Send results of 64 tokens and a tile's columns to all ranks, this one too, for `add_up_pieces_kernel`."""
+    peers, inbox_at, slot, rank, ranks = link
+    slabs, width = 2 * ((tokens + ROWS - 1) >> 7), 2 * len(sums)
+    piece = tile * slabs + (t0 >> 6)
+    place = inbox_at + rank * slot + 256 * width * piece + 16 * (cuda.threadIdx.x & 127)
+    for other in range(ranks):
+        no_unroll()
+        st_system_parts(sums, peers[other] + place)
+
+
+@device
+def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added, heads, outs,
+           link):  # fmt: skip
     """Store a tile's results: times the tokens' scales and with float32 those of W's rows, plus `residual` if `added`;
-    SwiGLU of both halves if `paired`; as `write_heads` where `outs` are not all float32.
+    SwiGLU of both halves if `paired`; as `write_heads` where `outs` are not all float32. Where `link` has the
+    addresses of ranks, results of a weight alone are sent to these instead.
     """
     rows, end, kv_rows = sizes
     out, out_k, out_v = outs
@@ -164,8 +183,12 @@ def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections,
         if added:
             at = address(residual, t0 * rows + column)
             sums = add_global_rows(sums, at, at + 32 * rows, n0, n1)
-        at = address(out, t0 * rows + column)
-        st_global_rows(sums, at, at + 32 * rows, n0, n1)
+        if not is_float32(link[0]):
+            if first:
+                send_piece(sums, tile, t0, tokens, link)
+        else:
+            at = address(out, t0 * rows + column)
+            st_global_rows(sums, at, at + 32 * rows, n0, n1)
     else:
         at, left = address(out_k if section == 1 else out_v, t0 * kv_rows + column), kv_rows - column
         st_global_rows(sums, at, at + 32 * kv_rows, left if first else 0, left if second else 0)
@@ -173,7 +196,7 @@ def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections,
 
 @device
 def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
-             added, heads, outs):  # fmt: skip
+             added, heads, outs, link):  # fmt: skip
     """What the two warpgroups do that multiply. The tensor cores' sums have fewer bits than float32: those of pieces of
     float32 are added up outside after 512 columns.
     """
@@ -207,13 +230,13 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
         tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * ROWS + 16 * warp + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
-               heads, outs)  # fmt: skip
+               heads, outs, link)  # fmt: skip
         group += cuda.gridDim.x
 
 
 @device
 def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
-                  added, heads, outs):  # fmt: skip
+                  added, heads, outs, link):  # fmt: skip
     """The same for tiles of twice as many tokens: a warpgroup has 128."""
     row_groups, groups = tiles
     base, stage, stages, full, empty, _ = ring
@@ -241,15 +264,15 @@ def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, toke
         tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * (2 * ROWS) + 128 * (warp >> 2) + 16 * (warp & 3) + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
-               heads, outs)  # fmt: skip
+               heads, outs, link)  # fmt: skip
         finish(sums2, weight, row_scales, scales, tokens, t0 + 64, paired, tile, sections, sizes, residual, added,
-               heads, outs)  # fmt: skip
+               heads, outs, link)  # fmt: skip
         group += cuda.gridDim.x
 
 
 @device
 def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, scale_stride, shift, paired, sizes,
-         sections, residual, added, heads, outs, steps, stages, bias):  # fmt: skip
+         sections, residual, added, heads, outs, steps, stages, bias, link):  # fmt: skip
     """The body of the kernels here."""
     w0, w1, w2 = weights
     s0, s1, s2 = weight_scales
@@ -260,7 +283,7 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
     tiles = row_groups, row_groups * (sections[0] + 2 * sections[1])
     if cuda.threadIdx.x < CONSUMERS:
         multiply(zeros, tiles, ring, x, w0, weight_scales, steps, scales, tokens[0], paired, sections, sizes, residual,
-                 added, heads, outs)  # fmt: skip
+                 added, heads, outs, link)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -274,13 +297,13 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
 def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
-                     interleaved, first_section):  # fmt: skip
+                     interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 128 rows of W."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(64), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias)  # fmt: skip
+         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
@@ -288,7 +311,7 @@ def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s
 def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                       rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                       bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
-                      interleaved, first_section):  # fmt: skip
+                      interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 128 rows of a quantised W and 256 tokens, for which W is decoded half as often."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
@@ -299,7 +322,7 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
     sections, sizes = (row_tiles, kv_tiles), (rows, end, kv_rows)
     if cuda.threadIdx.x < CONSUMERS:
         multiply_tall(zeros_of(64), tiles, ring, x, w0, (s0, s1, s2), steps, scales, tokens[0], paired, sections, sizes,
-                      residual, added, heads, (out, out_k, out_v))  # fmt: skip
+                      residual, added, heads, (out, out_k, out_v), (peers, inbox_at, slot, rank, ranks))  # fmt: skip
     else:
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -311,13 +334,13 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
 def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
-                     interleaved, first_section):  # fmt: skip
+                     interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 192 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(96), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias)  # fmt: skip
+         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
@@ -325,13 +348,13 @@ def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s
 def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
-                     interleaved, first_section):  # fmt: skip
+                     interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 224 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(112), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias)  # fmt: skip
+         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
@@ -339,13 +362,13 @@ def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s
 def wgmma_256_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
-                     interleaved, first_section):  # fmt: skip
+                     interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 256 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(128), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias)  # fmt: skip
+         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 assert ROWS == 1 << 7

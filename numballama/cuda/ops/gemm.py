@@ -26,6 +26,7 @@ from ..kernels.params import (
 )
 from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
 from . import elementwise, wgmma_gemm
+from .collectives import Sums
 from .rounding import round_rows
 
 KERNELS = "numballama.cuda.kernels.gemm"
@@ -218,6 +219,18 @@ def linear(
 
         launches += _in_parts(ctx, x.shape[0], [weight], GEMM_TILE, workspace, launch)
     return launches
+
+
+def linear_all_reduce(
+    ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array, memory: Array, sums: Sums
+) -> list[Launch]:
+    """out[T, N] = the sum of x[T, K] · W[N, K]ᵀ over ranks, plus `residual` of ranks that have one."""
+    if not wgmma_gemm.wanted(ctx, [weight]) or not wgmma_gemm.held(sums, x.shape[0], weight):
+        return linear(ctx, x, None, 0.0, [(weight, out)], residual, memory) + sums.of(ctx, out)
+    rounded = _rounded(ctx, x, None, 0.0, [weight], _Workspace(memory))
+    return rounded.launches + wgmma_gemm.linear_all_reduce(
+        ctx, rounded.x, x.shape[1], rounded.scales, weight, residual, out, sums
+    )
 
 
 def _normed(

@@ -87,7 +87,7 @@ def _linear_all_reduce(
         return gemv.linear_all_reduce(ctx, x, weight, residual, out, sums)
     if kernels == "skinny":
         return skinny.linear_all_reduce(ctx, x, weight, residual, out, workspace, sums)
-    return gemm.linear(ctx, x, None, 0.0, [(weight, out)], residual, workspace) + sums.of(ctx, out)
+    return gemm.linear_all_reduce(ctx, x, weight, residual, out, workspace, sums)
 
 
 def linear_all_reduce(

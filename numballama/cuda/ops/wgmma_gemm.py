@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ...memory import ceil_div
+from ...memory import ceil_div, round_up
 from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
@@ -19,12 +19,16 @@ from ..kernels.params import (
     WGMMA_TALL_STAGES,
 )
 from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
+from .collectives import Sums
 from .rounding import round_rows
 
 KERNELS = {width: KernelRef("numballama.cuda.kernels.wgmma_gemm", f"wgmma_{width}_kernel") for width in WGMMA_STAGES}
 """Rows of W of a tile → the kernel for them."""
 TALL = KernelRef("numballama.cuda.kernels.wgmma_gemm", "wgmma_tall_kernel")
 """The kernel for quantised weights whose tiles have 256 tokens."""
+ADD_UP_PIECES = KernelRef("numballama.cuda.kernels.collectives", "add_up_pieces_kernel")
+SUM_THREADS = 512
+"""Threads of a block of it."""
 TALL_COST = 1.5
 """What a tile of 256 tokens costs of a quantised weight, where one of 128 costs 1."""
 TILE_COST = 16
@@ -113,12 +117,13 @@ def qkv_rope(
 def launch(
     ctx: LaunchContext, x: Array, columns: int, scales: Array, w: Sequence[Matrix], outs: Sequence[Array],
     residual: Array | None = None, paired: bool = False, begin: int = 0, heads: Heads | None = None, section: int = 0,
+    sums: Sums | None = None,
 ) -> Launch:  # fmt: skip
     """The launch for one weight and its result; for a gate, up and one result (`paired`); or for queries, keys and
     values. With `heads`, `outs` are rotated queries and the two caches, and a weight alone is that of number `section`.
 
     x [T, padded columns] has 16 bits, `scales` are its rows' factors. The weights have one type. Those that `split`
-    made may be rows from `begin` on of a weight; x has two pieces too then.
+    made may be rows from `begin` on of a weight; x has two pieces too then. With `sums` results are sent to all ranks.
     """
     tokens, end, decoded = x.shape[0], w[0].shape[0], w[0].quantized
     rows, kv_rows = outs[0].shape[1], w[1].shape[0] if len(w) > 1 and not paired else 0
@@ -143,12 +148,40 @@ def launch(
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
         out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400,
         angles=told.angles, **told.where, head_dim=told.head_dim, interleaved=told.interleaved, first_section=section,
+        **_link(ctx, out, sums),
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))
     stage_bytes = (tile_tokens + width) * 2 * WGMMA_STEP_COLUMNS
     kernel = TALL if tall else KERNELS[width]
     return Launch(kernel, (blocks,), threads, arguments, 1024 + stages * (stage_bytes + 16))
+
+
+def _link(ctx: LaunchContext, out: Array, sums: Sums | None) -> dict[str, Argument]:
+    """What kernels need to send results; float32 in place of addresses if they are not to."""
+    if sums is None:
+        return named(peers=out, inbox_at=0, slot=0, rank=0, ranks=0)
+    found = sums.arguments(ctx)
+    return {name: found[name] for name in ("peers", "inbox_at", "slot", "rank", "ranks")}
+
+
+def linear_all_reduce(
+    ctx: LaunchContext, x: Array, columns: int, scales: Array, weight: Matrix, residual: Array | None, out: Array,
+    sums: Sums,
+) -> list[Launch]:  # fmt: skip
+    """The launches for one weight whose results are added up over ranks; it is not float32."""
+    rows, tokens = weight.shape[0], x.shape[0]
+    width = NARROW if weight.quantized else width_for(tokens, False, rows, 0, ctx.n_sms)
+    sent = launch(ctx, x, columns, scales, [weight], [out], residual, sums=sums)
+    arguments = named(tokens=ctx.tokens, out=out, columns=rows, width=width, **sums.arguments(ctx))
+    items = ceil_div(rows, width) * ceil_div(tokens, 64) * (width // 16)
+    grid = min(ceil_div(items, SUM_THREADS // 128), ctx.n_sms * 2048 // SUM_THREADS)
+    return [sent, Launch(ADD_UP_PIECES, (grid,), SUM_THREADS, arguments)]
+
+
+def held(sums: Sums, tokens: int, weight: Matrix) -> bool:
+    """Whether results of so many tokens can be sent at once: whole tiles of the greatest width."""
+    return weight.payload.dtype != "f32" and sums.hold(round_up(tokens, WGMMA_ROWS) * (weight.shape[0] + max(KERNELS)))
 
 
 def _no_heads(ctx: LaunchContext, out: Array) -> Heads:
