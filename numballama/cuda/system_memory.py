@@ -42,3 +42,6 @@ ld_relaxed_v2_u64 = load("ld.relaxed.sys.global.v2.u64 {$0, $1}, [$2];", "l", 2)
 
 ld_relaxed_v4_f32 = load("ld.relaxed.sys.global.v4.f32 {$0, $1, $2, $3}, [$4];", "f", 4)
 """ld_relaxed_v4_f32(address): four float32 that others have written, never old ones from this SM's cache."""
+
+nanosleep = instruction("nanosleep.u32 $0;", "r")
+"""nanosleep(nanoseconds): pause, up to twice as long, between two looks at what others write."""

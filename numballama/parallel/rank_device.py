@@ -80,9 +80,12 @@ class GpuRank(RankDevice):
         self, rank: int, weights: Mapping[str, Weight], device: str, ranks: int, batch_invariant: bool
     ) -> None:
         from ..cuda.backend import CudaBackend
+        from ..cuda.ops.collectives import RESULT_TOKENS
         from ..cuda.peers import PeerMemory
 
         self.rank, self.backend = rank, CudaBackend(weights, device, batch_invariant)
+        if not batch_invariant:  # in long runs results cross the link while others are computed
+            self.backend.prefill_chunk = RESULT_TOKENS
         try:
             self._peers = PeerMemory(self.backend.device, rank, ranks, weights["tok_embeddings"].shape[1])
         except BaseException:

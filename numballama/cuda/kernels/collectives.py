@@ -31,6 +31,7 @@ from ..system_memory import (
     ld_relaxed_u64,
     ld_relaxed_v2_u64,
     ld_relaxed_v4_f32,
+    nanosleep,
     st_relaxed_u32,
     st_relaxed_u64,
     st_relaxed_v2_u64,
@@ -51,6 +52,8 @@ FLAGS, WORDS, TOKENS = 0, 4, 8
 """Bytes from the beginning of a cell to these."""
 EMPTY = np.uint32(0xFFFFFFFF)
 """What stands where no number has come: a NaN that no arithmetic gives."""
+SOON, PAUSE_NS = 8, 100
+"""Looks without a pause, and nanoseconds of a pause."""
 LOOKS = 255
 """Looks at a word before `stop` is looked at, which is in host memory; one less than a power of two."""
 
@@ -120,26 +123,38 @@ def number_to_send(x):
 
 
 @device
-def send(link, i, a):
-    """Send number i to all ranks, this one too."""
-    inbox_at, slot, _, peers, _, rank, ranks = link
-    for other in range(ranks):
-        st_relaxed_u32(peers[other] + inbox_at + rank * slot + 4 * i, number_to_send(a))
+def is_ended(looks, stop):
+    """Whether to wait no longer for a number, after this many looks. It pauses after some: looks take bandwidth."""
+    if looks >= SOON:
+        nanosleep(PAUSE_NS)
+    return is_stopped(looks, stop)
 
 
 @device
-def add_up(link, i):
-    """The sum of number i of all ranks, in their order. Their places are empty then."""
-    inbox_at, slot, own, _, stop, _, ranks = link
-    place, total = own + inbox_at + 4 * i, np.float32(0)
+def send(link, i, a):
+    """Send number i to all other ranks."""
+    inbox_at, slot, _, peers, _, rank, ranks = link
     for other in range(ranks):
-        bits, looks = ld_relaxed_u32(place), 0
-        while bits == EMPTY and not is_stopped(looks, stop):
-            looks += 1
+        if other != rank:
+            st_relaxed_u32(peers[other] + inbox_at + rank * slot + 4 * i, number_to_send(a))
+
+
+@device
+def add_up(link, i, a):
+    """The sum of number i of all ranks, in their order; this rank's is `a`. The places of the others are empty then."""
+    inbox_at, slot, own, _, stop, rank, ranks = link
+    total = np.float32(0)
+    for other in range(ranks):
+        p = a
+        if other != rank:
+            place, looks = own + inbox_at + other * slot + 4 * i, 0
             bits = ld_relaxed_u32(place)
-        st_global_u32(place, EMPTY)
-        total = uint_as_float(bits) if other == 0 else total + uint_as_float(bits)
-        place += slot
+            while bits == EMPTY and not is_ended(looks, stop):
+                looks += 1
+                bits = ld_relaxed_u32(place)
+            st_global_u32(place, EMPTY)
+            p = uint_as_float(bits)
+        total = p if other == 0 else total + p
     return total
 
 
@@ -176,7 +191,7 @@ def add_up_eight(link, at, distance):
     upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
     for other in range(ranks):
         a, b, looks = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance), 0
-        while (is_missing(a) or is_missing(b)) and not is_stopped(looks, stop):
+        while (is_missing(a) or is_missing(b)) and not is_ended(looks, stop):
             looks += 1
             a, b = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance)
         st_v4_u32(place, EMPTY, EMPTY, EMPTY, EMPTY)
@@ -191,6 +206,18 @@ def add_up_unit(link, unit):
     """The sums of this lane's results of a unit over all ranks."""
     upper, lower = add_up_eight(link, 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31), 2 * UNIT)
     return (upper[0], upper[1]), (upper[2], upper[3]), (lower[0], lower[1]), (lower[2], lower[3])
+
+
+@device
+def wait_for_first(link, at):
+    """Wait until the first numbers of a warp have come, of all ranks: one lane looks, which takes less bandwidth."""
+    inbox_at, slot, own, _, stop, _, ranks = link
+    if cuda.threadIdx.x & 31 == 0:
+        for other in range(ranks):
+            place, looks = own + inbox_at + other * slot + at, 0
+            while ld_relaxed_u32(place) == EMPTY and not is_ended(looks, stop):
+                looks += 1
+    cuda.syncwarp()
 
 
 @device
@@ -217,6 +244,8 @@ def add_up_pieces_kernel(tokens, out, columns, width, exchange, inbox_at, slot, 
         piece, part = item // parts, item % parts
         tile, slab = piece // slabs, piece % slabs
         row, column = 64 * slab + row_in_slab, tile * width + 16 * part + 2 * (thread & 3)
+        if row - ((thread & 31) >> 2) < rows:
+            wait_for_first(link, 256 * width * piece + 4096 * part + 16 * thread)
         if row < rows:
             a, b = add_up_eight(link, 256 * width * piece + 4096 * part + 16 * thread, 2048)
             put_pair(out, row, column, rows, columns, a[0], a[1])

@@ -284,7 +284,7 @@ def linear_all_reduce_kernel(tokens, x, weight, stride, scales, scale_stride, sh
             if added:
                 value += early1 if i < THREADS else residual[row]
             send(link, row, value)
-            out[row] = add_up(link, row)
+            out[row] = add_up(link, row, value)
 
 
 @launch_bounds(min_blocks=3)

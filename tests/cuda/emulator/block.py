@@ -526,6 +526,9 @@ class Block:
         chosen = np.take_along_axis(both, (digits & np.uint32(7)).astype(np.int64), axis=1)
         self._set(operands[0], chosen.view(np.uint32)[:, 0], mask)
 
+    def _nanosleep(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        """Other blocks run meanwhile in any case."""
+
     def _fence(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         pass
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -317,6 +318,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "st_relaxed_v4_u32": _system_store(np.uint32, 4),
     "st_relaxed_u64": _system_store(np.int64),
     "st_relaxed_v2_u64": _system_store(np.int64, 2),
+    "nanosleep": lambda nanoseconds: time.sleep(1e-9 * nanoseconds),
     "st_v4_u32": _system_store(np.uint32, 4),
 }
 """Name of an intrinsic → its emulation."""
