@@ -184,18 +184,19 @@ def is_missing(four):
 @device
 def add_up_eight(link, at, distance):
     """The sums over all ranks, in their order, of four numbers at byte `at` of a slot and of four `distance` bytes
-    further. Their places are empty then.
+    further. The places of the others are empty then; this rank's numbers are there when it comes here.
     """
-    inbox_at, slot, own, _, stop, _, ranks = link
+    inbox_at, slot, own, _, stop, rank, ranks = link
     place, zero = own + inbox_at + at, np.float32(0)
     upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
     for other in range(ranks):
         a, b, looks = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance), 0
-        while (is_missing(a) or is_missing(b)) and not is_ended(looks, stop):
-            looks += 1
-            a, b = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance)
-        st_v4_u32(place, EMPTY, EMPTY, EMPTY, EMPTY)
-        st_v4_u32(place + distance, EMPTY, EMPTY, EMPTY, EMPTY)
+        if other != rank:
+            while (is_missing(a) or is_missing(b)) and not is_ended(looks, stop):
+                looks += 1
+                a, b = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance)
+            st_v4_u32(place, EMPTY, EMPTY, EMPTY, EMPTY)
+            st_v4_u32(place + distance, EMPTY, EMPTY, EMPTY, EMPTY)
         upper, lower = (a, b) if other == 0 else (add4(upper, a), add4(lower, b))
         place += slot
     return upper, lower
@@ -211,11 +212,11 @@ def add_up_unit(link, unit):
 @device
 def wait_for_first(link, at):
     """Wait until the first numbers of a warp have come, of all ranks: one lane looks, which takes less bandwidth."""
-    inbox_at, slot, own, _, stop, _, ranks = link
+    inbox_at, slot, own, _, stop, rank, ranks = link
     if cuda.threadIdx.x & 31 == 0:
         for other in range(ranks):
             place, looks = own + inbox_at + other * slot + at, 0
-            while ld_relaxed_u32(place) == EMPTY and not is_ended(looks, stop):
+            while other != rank and ld_relaxed_u32(place) == EMPTY and not is_ended(looks, stop):
                 looks += 1
     cuda.syncwarp()
 
