@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -212,7 +214,8 @@ def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> 
     os.kill(several.pids[0], signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(
-        DeviceError, match=r"rank 1 has given no sign of life for 1.5 seconds; the model must be compiled"
+        DeviceError,
+        match=r"rank 1 has given no sign of life for 1.5 seconds: it is stopped; the model must be compiled",
     ):
         several.model.generate("Once", params=GREEDY)
     assert time.monotonic() - started < LIMIT_S + 0.5
@@ -279,13 +282,69 @@ def test_a_rank_that_is_killed_while_it_loads(
 def test_a_rank_that_is_stopped_while_it_loads(
     open_ranks: Callable[..., Opened],
     signal_rank_1: Callable[[signal.Signals], list[subprocess.Popen[bytes]]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = signal_rank_1(signal.SIGSTOP)
-    monkeypatch.setattr(processes, "LOADING_HANG_S", 0.5)
-    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 0.5 seconds"):
+    """A minute without a sign of life is for ranks that run."""
+    started, begin = signal_rank_1(signal.SIGSTOP), time.monotonic()
+    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 1.5 seconds: it is stopped"):
         open_ranks(2)
+    assert time.monotonic() - begin < 20
     assert_gone([process.pid for process in started])
+
+
+@pytest.fixture
+def fail_rank_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Opened, str, str], None]:
+    """fail_rank_1(opened, moment, way): rank 1 of a model in `tmp_path` fails, as `benchmarks/faulty_rank.py` says."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    faulty_rank = importlib.import_module("faulty_rank")
+    monkeypatch.setattr(processes, "RANK_PROCESS", faulty_rank.__name__)
+    faulty_rank.prepare(tmp_path, "", "")
+
+    def fail(several: Opened, moment: str, way: str) -> None:
+        faulty_rank.prepare(tmp_path, moment, way)
+        faulty_rank.arm(tmp_path, several.pids[0])
+
+    return fail
+
+
+def test_a_rank_that_goes_round_in_circles_is_killed(
+    open_ranks: Callable[..., Opened], tmp_path: Path, fail_rank_1: Callable[[Opened, str, str], None]
+) -> None:
+    """It gives signs of life, but rank 0 waits for it."""
+    several = open_ranks(2, Path(shutil.copy(loader.STORY_MODEL, tmp_path)))
+    several.model.generate("Once", params=GREEDY)
+    fail_rank_1(several, "decode of 1 5", "loop")
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"rank 1 has made no progress for 1.[5-9] seconds, and rank 0 waits for it"):
+        several.model.generate("Once", params=GREEDY)
+    assert time.monotonic() - started < LIMIT_S + 0.5
+    assert_gone(several.pids)
+
+
+def test_a_consequence_on_rank_0_is_not_taken_for_the_cause(open_ranks: Callable[..., Opened]) -> None:
+    """As where a GPU cannot reach the memory of a rank that is gone."""
+    several = open_ranks(2)
+
+    def connect() -> None:
+        with several.backend.group.together():
+            os.kill(several.pids[0], signal.SIGKILL)
+            raise DeviceError("cuda:0 does not reach the memory of rank 1")
+
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        connect()
+
+
+def test_all_ranks_are_waited_for(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2)
+    backend, (pid,) = several.backend, several.pids
+    os.kill(pid, signal.SIGSTOP)
+    continued: list[float] = []
+    thread = kill_soon(pid, signal.SIGCONT, continued, 0.5)
+    backend.synchronize()
+    assert continued
+    thread.join()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        backend.synchronize()
 
 
 def test_an_error_of_a_rank_is_told(open_ranks: Callable[..., Opened]) -> None:
@@ -364,7 +423,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         backend.group.command(Kind.RUN, 0, 1, 1, Until.END, data={})  # without rank 0: rank 1 waits in a kernel
         time.sleep(0.5)
-        assert backend.group.memory.done[1, 0] < backend.group._sent
+        assert backend.group.memory.done[1, 0] < backend.group._task.number
     print(json.dumps([process.pid for process in backend.group.processes]), flush=True)
     os._exit(0)
 """
