@@ -16,58 +16,44 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import itertools
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-from unittest import mock
+from typing import Any
 
 import faulty_rank
-import numpy as np
-from faulty_rank import EXIT_CODE, MANY, NOW, WAYS, WORDS
+from faulty_rank import EXIT_CODE, WAYS, WORDS
 from gpu import commit
-from ranks import SHAPES, Case, opened, written
+from left_behind import LeftBehind
+from rank_moments import (
+    HANGS,
+    LOADING,
+    MOMENTS,
+    RANK_0,
+    SHAPE,
+    Place,
+    decode,
+    fail,
+    fail_loading,
+    greedy,
+    impatient,
+    rank_0_ends,
+    ranks_of,
+)
+from ranks import SHAPES, Case, written
 
-from numballama import DeviceError, Error, Model, SamplingParams
+from numballama import Error
 from numballama.bench.benchmark import machine
-from numballama.config import ModelConfig
 from numballama.files import atomic_write, require_folder
 from numballama.parallel import processes
-from numballama.parallel.processes import ProcessBackend, ProcessProgram
-from numballama.sampling import SamplerTable
 
-SHAPES["of failures"] = ModelConfig(512, 1536, 4, 8, 2, 768, 2048, tied_embeddings=False)
 LIMIT_S = 2.0
 """Seconds to the error, and then until all processes are gone."""
-PATIENCE_S = 20.0
-"""Seconds after which a rank that nobody ends is killed here."""
-SLACK = 16 << 20
-"""Bytes of device memory that the driver may keep: it allocates code and bookkeeping 2 MB at a time."""
-LOADING = {
-    "before weights load": "open", "in the middle of the weights": "weights", "ranks connect": "connect",
-    "the first program is made": "program", "graphs are captured": "capture", "kernels are prepared": "prepare",
-}  # fmt: skip
-"""Moments while a model is compiled, and what `faulty_rank` calls them."""
-RUNNING = {
-    "first step of a prompt": "prompt 1", "middle of a long prompt": "prompt 3", "first step of decoding": "decode of 1",
-    "middle of decoding": "decode of 1 20", f"{MANY} sequences decode": f"decode of {MANY} 20",
-}  # fmt: skip
-IDLE, CLOSING, RANK_0 = "idle", "the model is closed", "rank 0 itself"
-MOMENTS = (*LOADING, *RUNNING, IDLE, CLOSING, RANK_0)
 OTHER_DEVICE = ("kernels are prepared", "graphs are captured")
 """Moments that a GPU and a CPU do not have: what prepares kernels on a GPU captures graphs."""
-HANGS = ("stop", "loop")
 CAUSES = {
     "kill": r"rank {rank} ended with signal SIGKILL", "exit": rf"rank {{rank}} ended with exit code {EXIT_CODE}",
     "exception": rf"rank {{rank}} (ended with exit code 1|has failed): RuntimeError: {WORDS}",
@@ -75,229 +61,10 @@ CAUSES = {
     "loop": r"rank {rank} has made no progress for [\d.]+ seconds",
 }  # fmt: skip
 """What an error must say: which rank, and what happened to it."""
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-
-
-@dataclass(frozen=True)
-class Place:
-    """The model and where it runs."""
-
-    folder: Path
-    path: Path
-    device: str
-    gpus: int
-
-    def open(self) -> contextlib.AbstractContextManager[Model]:
-        return opened(self.path, self.device, self.gpus, 2048, MANY)
-
-    def free_bytes(self) -> list[int]:
-        """Free memory of each GPU."""
-        if self.device == "cpu":
-            return []
-        from numballama.cuda.driver import Device
-
-        return [Device(f"cuda:{rank}").free_bytes for rank in range(self.gpus)]
-
-
-def prompt(tokens: int) -> list[int]:
-    return np.random.default_rng(tokens).integers(0, 768, tokens).tolist()
-
-
-def ranks_of(model: Model) -> list[int]:
-    """The processes of ranks 1 and up."""
-    return [process.pid for process in cast("ProcessBackend", model.backend).group.processes]
-
-
-def greedy(model: Model) -> list[int]:
-    return [event.token for tokens in (5, 90) for event in model.token_engine.submit(prompt(tokens), GREEDY)]
-
-
-# What is left
-
-
-def processes_of(parent: int) -> set[int]:
-    """Processes that a process has started, and those of their sessions: a rank begins one. Zombies too."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            words = path.read_text().rpartition(")")[2].split()
-            found.add((int(path.parent.name), int(words[1]), int(words[3])))
-    ours = {pid for pid, its_parent, _ in found if its_parent == parent}
-    return ours | {pid for pid, _, session in found if session in ours}
-
-
-def left_behind() -> dict[str, set[str]]:
-    """What a model may leave in this process and on this machine, by kind."""
-    files = {f"{fd}: {os.readlink(fd)}" for fd in Path("/proc/self/fd").iterdir() if os.path.islink(fd)}
-    mapped = {line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line}
-    return {
-        "processes": {str(pid) for pid in processes_of(os.getpid())},
-        "threads": {f"{each.name} {each.ident}" for each in threading.enumerate()},
-        "shared memory": {*os.listdir("/dev/shm"), *mapped},
-        "files": {name for name in files if "memfd:" in name or "pipe:" in name},
-    }
-
-
-def gone(before: Mapping[str, set[str]], pids: set[int], free: Sequence[int], place: Place) -> list[str]:
-    """What is still there after `LIMIT_S`, in words. `pids` are processes that must not be there, whoever has them."""
-    end = time.monotonic() + LIMIT_S
-    while True:
-        gc.collect()
-        left = {what: found - before[what] for what, found in left_behind().items()}
-        left["processes"] |= {str(pid) for pid in pids if Path(f"/proc/{pid}").exists()}
-        kept = [was - now for was, now in zip(free, place.free_bytes(), strict=True)]
-        memory = [f"GPU {rank} keeps {n / 1e6:,.0f} MB" for rank, n in enumerate(kept) if n > SLACK]
-        problems = [f"{what} left: {', '.join(sorted(each))}" for what, each in left.items() if each] + memory
-        if not problems or time.monotonic() > end:
-            return problems
-        time.sleep(0.02)
-
-
-# Failures
-
-
-@contextlib.contextmanager
-def impatient(place: Place) -> Iterator[None]:
-    """Kill the failed rank after `PATIENCE_S`, so that a hang is found and the next failure can come."""
-    done = threading.Event()
-
-    def wait() -> None:
-        if not done.wait(PATIENCE_S) and (found := faulty_rank.event(place.folder)) is not None:
-            os.kill(found[1], signal.SIGKILL)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def failed_at(place: Place) -> float:
-    if (found := faulty_rank.event(place.folder)) is None:
-        raise AssertionError("the rank did not fail at this moment")
-    return found[0]
-
-
-def while_running(model: Model, moment: str, place: Place) -> tuple[float, list[str]]:
-    """Seconds from the failure to the error of the last request, and what the errors say."""
-    tokens = 1600 if moment == RUNNING["middle of a long prompt"] else 40
-    count = MANY if str(MANY) in moment else 1
-    requests = [model.token_engine.submit(prompt(tokens)[number:], ENDLESS) for number in range(count)]
-    errors = list[str]()
-    for request in requests:
-        try:
-            list(request)
-            errors.append("no error")
-        except DeviceError as error:
-            errors.append(str(error))
-    return time.monotonic() - failed_at(place), errors
-
-
-def while_idle(model: Model, way: str, place: Place) -> tuple[float, list[str]]:
-    """The backend knows of a rank that has ended. One that hangs is found when it is needed."""
-    started = failed_at(place)
-    if way not in HANGS:
-        while model.backend.failure is None and time.monotonic() - started < PATIENCE_S:
-            time.sleep(0.001)
-    else:
-        time.sleep(0.3)
-        started = time.monotonic()
-    try:
-        greedy(model)
-        error = "no error"
-    except DeviceError as found:
-        error = str(found)
-    return time.monotonic() - started, [error]
-
-
-def fail_loading(place: Place, moment: str, way: str) -> tuple[float, list[str]]:
-    """Compile a model whose rank fails meanwhile."""
-    faulty_rank.prepare(place.folder, LOADING[moment], way)
-    try:
-        with place.open():
-            errors = ["no error"]
-    except DeviceError as error:
-        errors = [str(error)]
-    return time.monotonic() - failed_at(place), errors
-
-
-def fail(place: Place, model: Model, moment: str, way: str) -> tuple[float, list[str]]:
-    """Let the rank fail: seconds to the error, and what all errors say. `close` ends the request that runs."""
-    if moment == RANK_0:
-        return rank_0_raises(model)
-    if moment == CLOSING:
-        model.token_engine.start()
-        next(iter(model.token_engine.submit(prompt(5), ENDLESS)))
-    faulty_rank.prepare(place.folder, RUNNING.get(moment, NOW), way)
-    faulty_rank.arm(place.folder, ranks_of(model)[-1])
-    if moment in RUNNING:
-        return while_running(model, RUNNING[moment], place)
-    while faulty_rank.event(place.folder) is None:
-        time.sleep(0.001)
-    if moment == IDLE:
-        return while_idle(model, way, place)
-    model.close()
-    return time.monotonic() - failed_at(place), []
-
-
-def rank_0_raises(model: Model) -> tuple[float, list[str]]:
-    """What the device of rank 0 raises while it decodes ends the others, and is the error of the request."""
-    first, raised = cast("ProcessProgram", model.program).first, list[float]()
-    submit, runs = first.submit, itertools.count()
-
-    def failing(tokens: int, rows: int, table: SamplerTable | None) -> int:
-        if next(runs) == 10:
-            raised.append(time.monotonic())
-            raise RuntimeError(WORDS)
-        return submit(tokens, rows, cast("SamplerTable", table))
-
-    with mock.patch.object(first, "submit", failing):
-        try:
-            list(model.token_engine.submit(prompt(5), ENDLESS))
-            errors = ["no error"]
-        except RuntimeError as error:
-            errors = [f"rank 0 {error}"]
-    return time.monotonic() - raised[0], errors
-
-
-def rank_0_ends(place: Place, way: str) -> tuple[float, set[int]]:
-    """End a process that decodes, and wait for its ranks. Returns seconds, and the processes."""
-    command = [sys.executable, __file__, "--device", place.device, "--gpus", str(place.gpus), "--decode", place.path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        if process.stdout.readline() != "decodes\n":
-            raise RuntimeError("the process that decodes has failed")
-        ranks = processes_of(process.pid)
-        started = time.monotonic()
-        if way == "kill":
-            process.kill()
-        else:
-            process.stdin.close()
-        process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() - started < PATIENCE_S:
-        time.sleep(0.001)
-    return time.monotonic() - started, ranks
-
-
-def decode(place: Place) -> None:
-    """Be a process that decodes until its input ends, and then ends without a word."""
-    with place.open() as model:
-        model.token_engine.start()
-        requests = [model.token_engine.submit(prompt(5), ENDLESS) for _ in range(64)]
-        next(iter(requests[0]))
-        print("decodes", flush=True)
-        sys.stdin.read()
-        os._exit(EXIT_CODE)
-
-
-# Trials
 
 
 class Trials:
-    """Runs failures one after the other. `self.model` is open between them: that after a failure serves for the next."""
+    """Runs failures one after the other. The model after a failure, `self.model`, serves for the next."""
 
     def __init__(self, place: Place) -> None:
         self.place, self._open = place, contextlib.ExitStack()
@@ -305,7 +72,7 @@ class Trials:
         self._next_model()
         self.want = greedy(self.model)
         self.close()
-        self._before, self._free = left_behind(), place.free_bytes()
+        self._before = LeftBehind(0 if place.device == "cpu" else place.gpus)
 
     def _next_model(self) -> None:
         faulty_rank.prepare(self.place.folder, "", "")
@@ -333,10 +100,10 @@ class Trials:
         self.close()
         cause = rf"rank 0 {WORDS}" if moment == RANK_0 else CAUSES[way].format(rank=self.place.gpus - 1)
         problems += [f"the error is {error!r}" for error in {*errors} if not re.search(cause, error)]
-        problems += gone(self._before, pids, self._free, self.place)
+        problems += self._before.problems(pids, LIMIT_S)
         if seconds > LIMIT_S:
             problems.append(f"{seconds:.2f} s")
-        self._free = self.place.free_bytes()
+        self._before = LeftBehind(self._before.gpus)  # what is left is told once
         started = time.monotonic()
         self._next_model()
         if (found := greedy(self.model)) != self.want:
@@ -370,11 +137,9 @@ def ways_of(moment: str, ways: Sequence[str], device: str) -> list[str]:
 def table(result: Mapping[str, Any]) -> str:
     """The results as Markdown: seconds, and below it what is wrong."""
     found = {(each["moment"], each["way"]): each for each in result["failures"]}
-    lines = [
-        f"{result['gpus']} ranks on {result['device']}, {result['machine']['date']}, commit {result['commit']}: seconds "
-        f"to the error of the last request, at most {LIMIT_S:g}.", "", f"| moment | {' | '.join(WAYS)} |",
-        "|---" * (len(WAYS) + 1) + "|",
-    ]  # fmt: skip
+    where = f"{result['gpus']} ranks on {result['device']}, {result['machine']['date']}, commit {result['commit']}"
+    lines = [f"{where}: seconds to the error of the last request, at most {LIMIT_S:g}.", ""]
+    lines += [f"| moment | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
     for moment in MOMENTS:
         cells = []
         for each in (found.get((moment, way)) for way in WAYS):
@@ -413,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if all(before.get(key) == result[key] for key in ("device", "gpus", "commit")):
             result["failures"] = before["failures"]
     done = {(each["moment"], each["way"]) for each in result["failures"]}
+    SHAPES["of failures"] = SHAPE
     with written(Case("of failures", "f16"), None) as path:
         trials = Trials(Place(path.parent, path, options.device, options.gpus))
         for moment in options.moments:

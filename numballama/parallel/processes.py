@@ -16,12 +16,13 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,7 +39,9 @@ from ..plan import Plan
 from ..progress import Report, progress_bar
 from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
+from ..visualize.parts import is_exchange
 from .backend import RanksBackend
+from .communication import REPEATS, RUNS
 from .graph_json import dump_graph
 from .hangs import LOOK_S, HangWatch, Task
 from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank
@@ -400,6 +403,27 @@ class ProcessBackend(RanksBackend):
         self._device.backend.prepare(decode.first, report)
         self.group.command(Kind.PREPARE, decode.number, data={})
         self.group.wait()
+
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
+    ) -> tuple[list[float], float]:
+        """Seconds of each step of rank 0, without the others, and of a whole run of all ranks; medians. Exchanges have
+        0, since they cannot be run alone: see `time_exchanges`. Afterwards the KV cache holds anything.
+        """
+        if not isinstance(program, ProcessProgram):
+            raise Error("steps of several ranks are timed in a program of theirs")
+        wholes: list[float] = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            for _ in range(RUNS):
+                program.run(tokens)
+            self.synchronize()
+            wholes.append((time.perf_counter() - start) / RUNS)
+        steps = [index for index, op in enumerate(program.graph.ops) if not is_exchange(op)]
+        of_steps = [kinds[index] for index in steps], [nbytes[index] for index in steps]
+        with interrupts.deferred():
+            alone = dict(zip(steps, self._device.time_steps(program.first, steps, *of_steps, tokens), strict=True))
+        return [alone.get(index, 0.0) for index in range(len(kinds))], statistics.median(wholes[1:])
 
     def synchronize(self) -> None:
         """Wait until the devices of all ranks have done all their work. Raises `DeviceError` if a rank has failed."""
