@@ -35,12 +35,23 @@ def running(pids: Iterable[int]) -> set[int]:
     return {pid for pid, state, parent, _ in _processes() if pid in wanted and (state != "Z" or parent == me)}
 
 
+def of_others() -> set[str]:
+    """Names of shared memory that other processes on this machine use."""
+    found = set[str]()
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        if path.parent.name != str(os.getpid()):
+            with contextlib.suppress(OSError):
+                found |= {Path(line.split()[5]).name for line in path.read_text().splitlines() if "/dev/shm/" in line}
+    return found
+
+
 class LeftBehind:
     """What is there now that was not when this was made. `pids` are further processes that must not be there."""
 
     def __init__(self, gpus: int) -> None:
         self.gpus = gpus
-        self._before, self._free = self._now(), self._free_bytes()
+        self._free = self._free_bytes()  # first: it begins to use the GPUs
+        self._before = self._now()
 
     def problems(self, pids: Iterable[int], seconds: float) -> list[str]:
         """What is still there after this time, in words."""
@@ -49,6 +60,8 @@ class LeftBehind:
             gc.collect()
             left = {what: found - self._before[what] for what, found in self._now().items()}
             left["processes"] |= {str(pid) for pid in running(pids)}
+            if left["shared memory"]:
+                left["shared memory"] -= of_others()
             kept = [was - now for was, now in zip(self._free, self._free_bytes(), strict=True)]
             found = [f"{what} left: {', '.join(sorted(each))}" for what, each in left.items() if each]
             found += [f"GPU {gpu} keeps {nbytes / 1e6:,.0f} MB" for gpu, nbytes in enumerate(kept) if nbytes > SLACK]
@@ -64,13 +77,19 @@ class LeftBehind:
 
         return [Device(f"cuda:{gpu}").free_bytes for gpu in range(self.gpus)]
 
-    @staticmethod
-    def _now() -> dict[str, set[str]]:
+    def _now(self) -> dict[str, set[str]]:
         opened = {f"{fd.name}: {os.readlink(fd)}" for fd in Path("/proc/self/fd").iterdir() if os.path.islink(fd)}
         maps = Path("/proc/self/maps").read_text().splitlines()
         return {
             "processes": {str(pid) for pid in processes_of(os.getpid())},
             "threads": {f"{each.name} {each.ident}" for each in threading.enumerate()},
-            "shared memory": {*os.listdir("/dev/shm"), *(line.split()[0] for line in maps if "memfd:" in line)},
-            "files": {name for name in opened if "memfd:" in name or "pipe:" in name},
+            "shared memory": {
+                *(name for name in os.listdir("/dev/shm") if not name.startswith("cuda.")),  # these are the driver's
+                *(line.split()[0] for line in maps if "memfd:numballama" in line),
+            },
+            "files": {
+                name
+                for name in opened
+                if "memfd:numballama" in name or ("pipe:" in name and not self.gpus)  # the driver has pipes of its own
+            },
         }

@@ -1,12 +1,13 @@
-"""Let a rank of a model that several GPUs share fail in five ways at twelve moments, and look at what happens then.
+"""Let a rank of a model that several GPUs share fail in five ways at thirteen moments, and look at what happens then.
 
 python benchmarks/rank_failures.py [--device cpu] [--gpus 2] [--moments idle …] [--ways kill …] [--json FILE.json]
 
 The ways are SIGKILL, `os._exit`, an exception, SIGSTOP, and a loop without end in which signs of life go on. The rank
 that fails is the last one (`faulty_rank.py`); rank 0, which has the engine, raises an exception or ends with its
 process. Measured are the seconds from the failure to the error of the last request (of a rank that is stopped while it
-is idle: from the next request). Checked are what the error says, and that processes, threads, shared memory and device
-memory are gone, and that the next model gives the same greedy tokens. The model is small, with random weights.
+is idle: from the next request). Checked are what the error says, that processes, threads, shared memory and device
+memory are gone, and that the next model gives the same tokens, greedy and drawn. The model is small, its weights are
+random.
 
 A table is printed, and the results are written after each failure. With --seconds no new one is begun after that time;
 failures that FILE.json has, of the same commit, are not repeated. Needs Linux. The exit code is 1 if a check failed.
@@ -38,10 +39,10 @@ from rank_moments import (
     decode,
     fail,
     fail_loading,
-    greedy,
     impatient,
     rank_0_ends,
     ranks_of,
+    tokens_of,
 )
 from ranks import SHAPES, Case, written
 
@@ -70,7 +71,7 @@ class Trials:
         self.place, self._open = place, contextlib.ExitStack()
         faulty_rank.prepare(place.folder, "", "")
         self._next_model()
-        self.want = greedy(self.model)
+        self.want = tokens_of(self.model)
         self.close()
         self._before = LeftBehind(0 if place.device == "cpu" else place.gpus)
 
@@ -106,7 +107,7 @@ class Trials:
         self._before = LeftBehind(self._before.gpus)  # what is left is told once
         started = time.monotonic()
         self._next_model()
-        if (found := greedy(self.model)) != self.want:
+        if (found := tokens_of(self.model)) != self.want:
             problems.append(f"the next model gives {found} instead of {self.want}")
         after = time.monotonic() - started
         return {

@@ -45,6 +45,7 @@ IDLE, CLOSING, RANK_0 = "idle", "the model is closed", "rank 0 itself"
 MOMENTS = (*LOADING, *RUNNING, IDLE, CLOSING, RANK_0)
 HANGS = ("stop", "loop")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1, seed=5, max_tokens=24, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
@@ -70,8 +71,10 @@ def ranks_of(model: Model) -> list[int]:
     return [process.pid for process in cast("ProcessBackend", model.backend).group.processes]
 
 
-def greedy(model: Model) -> list[int]:
-    return [event.token for tokens in (5, 90) for event in model.token_engine.submit(prompt(tokens), GREEDY)]
+def tokens_of(model: Model) -> list[int]:
+    """Some tokens that the model gives: the likeliest ones, and drawn ones, in which all logits have a part."""
+    requests = [model.token_engine.submit(prompt(5), GREEDY), model.token_engine.submit(prompt(90), DRAWN)]
+    return [event.token for request in requests for event in request]
 
 
 # Failures
@@ -127,7 +130,7 @@ def while_idle(model: Model, way: str, place: Place) -> tuple[float, list[str]]:
         time.sleep(0.3)
         started = time.monotonic()
     try:
-        greedy(model)
+        tokens_of(model)
         error = "no error"
     except DeviceError as found:
         error = str(found)

@@ -110,6 +110,7 @@ def test_profile_of_several_gpus(
 
     profile_of = profiler.profile
     monkeypatch.setattr(profiler, "profile", profile)
+    monkeypatch.setattr("numballama.cpu.timing.ROUNDS", 3)
     words = ("bench", tiny_file, "--device", "cpu", "--threads", 1, "--max-tokens", 2, "--repeats", 1)
     words += ("--prompt-tokens", 5, "--profile", "--gpus")
     text, _ = (call(capsys, *words, gpus).out for gpus in (2, 1))
