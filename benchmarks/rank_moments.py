@@ -28,7 +28,7 @@ from numballama.parallel.processes import ProcessBackend, ProcessProgram
 from numballama.sampling import SamplerTable
 
 SCRIPT = Path(__file__).with_name("rank_failures.py")
-SHAPE = ModelConfig(512, 1536, 4, 8, 2, 768, 2048, tied_embeddings=False)
+SHAPE = ModelConfig(512, 1536, 4, 8, 2, 768, 6144, tied_embeddings=False)
 PATIENCE_S = 20.0
 """Seconds after which a rank that nobody ends is killed here."""
 LOADING = {
@@ -59,7 +59,7 @@ class Place:
     gpus: int
 
     def open(self) -> contextlib.AbstractContextManager[Model]:
-        return opened(self.path, self.device, self.gpus, 2048, MANY)
+        return opened(self.path, self.device, self.gpus, SHAPE.context, MANY)
 
 
 def prompt(tokens: int) -> list[int]:
@@ -107,7 +107,7 @@ def failed_at(place: Place) -> float:
 
 def while_running(model: Model, moment: str, place: Place) -> tuple[float, list[str]]:
     """Seconds from the failure to the error of the last request, and what the errors say."""
-    tokens = 1600 if moment == RUNNING["middle of a long prompt"] else 40
+    tokens = 40 + (2 * model.backend.prefill_chunk if moment == RUNNING["middle of a long prompt"] else 0)
     count = MANY if str(MANY) in moment else 1
     requests = [model.token_engine.submit(prompt(tokens)[number:], ENDLESS) for number in range(count)]
     errors = list[str]()

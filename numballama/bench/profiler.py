@@ -26,7 +26,7 @@ from .traffic import step_bytes, step_operations
 if TYPE_CHECKING:
     from ..backend import Backend, Program
     from ..model import Model
-    from ..parallel.backend import RanksBackend
+    from ..parallel.processes import ProcessBackend
 
 SHORTEST_S = 1e-9
 """Lower bound of the time of an exchange in seconds, so that a rate computed from it is finite."""
@@ -226,7 +226,7 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
     plan, and `ContextError` if no token fits after the prompt. Of several GPUs only the decode step is measured.
     """
     backend, ranks = model.backend, model.gpus
-    weight_nbytes = backend.weight_nbytes if ranks == 1 else cast("RanksBackend", backend).ranks[0].weight_nbytes
+    weight_nbytes = backend.weight_nbytes if ranks == 1 else cast("ProcessBackend", backend).ranks[0].weight_nbytes
     bandwidth = bandwidth and bandwidth / ranks
     if isinstance(prompt, int):
         prompt = [token % model.config.vocab_size for token in range(1, prompt + 1)]
@@ -243,9 +243,15 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
                 prompt_s = time.perf_counter() - started
         report("steps of a token", 1, 3)
         session.set_inputs(model.program, [0])
-        steps, whole = _measure(backend, weight_nbytes, model.program, position)
-        if ranks > 1:
-            steps = _with_exchanges(steps, backend.time_exchanges(model.graph) or 0.0)
+        if ranks == 1:
+            steps, whole = _measure(backend, weight_nbytes, model.program, position)
+        else:
+            several = cast("ProcessBackend", backend)
+            timed = several.program_to_time(model.program, model.graph)
+            session.set_inputs(timed, [0])
+            steps, _ = _measure(backend, weight_nbytes, timed, position)
+            steps = _with_exchanges(steps, several.time_exchanges(model.graph))
+            whole = several.seconds_of_run(model.program)
         program, name = session.prompt_program, model.path.name
         last = prompt[position - min(position, len(program.inputs["ids"])) :]
         if len(last) > 1 and ranks == 1:

@@ -32,6 +32,7 @@ from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import mark_workers_started, refuse_forked
 from ..errors import CLOSED, COMPILE_AGAIN, DeviceError, Error, UnsupportedError
+from ..fusion import FUSIONS
 from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
@@ -235,9 +236,14 @@ class ProcessProgram:
     """Rank 0's program, which runs together with those of the other processes. Implements `backend.Program`."""
 
     def __init__(
-        self, backend: ProcessBackend, number: int, program: RankProgram, layouts: Mapping[str, Layout]
+        self,
+        backend: ProcessBackend,
+        number: int,
+        program: RankProgram,
+        layouts: Mapping[str, Layout],
+        fusions: bool | Sequence[str] = True,
     ) -> None:
-        self._layouts = layouts
+        self._layouts, self.fusions = layouts, fusions
         self._backend, self.number, self.first = backend, number, program  # the processes end with the backend
         self.inputs, self.graph, self.prefill_end = program.inputs, program.graph, program.prefill_end
 
@@ -412,18 +418,32 @@ class ProcessBackend(RanksBackend):
         """
         if not isinstance(program, ProcessProgram):
             raise Error("steps of several ranks are timed in a program of theirs")
-        wholes: list[float] = []
+        whole = self.seconds_of_run(program, tokens)
+        steps = [index for index, op in enumerate(program.graph.ops) if not is_exchange(op)]
+        of_steps = [kinds[index] for index in steps], [nbytes[index] for index in steps]
+        with interrupts.deferred():
+            alone = dict(zip(steps, self._device.time_steps(program.first, steps, *of_steps, tokens), strict=True))
+        return [alone.get(index, 0.0) for index in range(len(kinds))], whole
+
+    def seconds_of_run(self, program: Program, tokens: int = 1) -> float:
+        """Seconds of a run of all steps of all ranks; a median."""
+        found: list[float] = []
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
             for _ in range(RUNS):
                 program.run(tokens)
             self.synchronize()
-            wholes.append((time.perf_counter() - start) / RUNS)
-        steps = [index for index, op in enumerate(program.graph.ops) if not is_exchange(op)]
-        of_steps = [kinds[index] for index in steps], [nbytes[index] for index in steps]
-        with interrupts.deferred():
-            alone = dict(zip(steps, self._device.time_steps(program.first, steps, *of_steps, tokens), strict=True))
-        return [alone.get(index, 0.0) for index in range(len(kinds))], statistics.median(wholes[1:])
+            found.append((time.perf_counter() - start) / RUNS)
+        return statistics.median(found[1:])
+
+    def program_to_time(self, program: Program, graph: Graph) -> Program:
+        """A program of the same graph in which each exchange is a step: `program`, unless it has them in fused steps,
+        which cannot run alone.
+        """
+        if not isinstance(program, ProcessProgram) or not any(op.body and is_exchange(op) for op in program.graph.ops):
+            return program
+        fusions = program.fusions if not isinstance(program.fusions, bool) else FUSIONS
+        return self.program(graph, [name for name in fusions if name != "all_reduce"])
 
     def synchronize(self) -> None:
         """Wait until the devices of all ranks have done all their work. Raises `DeviceError` if a rank has failed."""
@@ -457,7 +477,7 @@ class ProcessBackend(RanksBackend):
             with self.group.together():
                 self.group.wait()
             self._programs += 1
-        return ProcessProgram(self, self._programs - 1, own, shards[0].layouts)
+        return ProcessProgram(self, self._programs - 1, own, shards[0].layouts, fusions)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of every rank's page table, from entry `first` on."""

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from numballama.checkpoint import Weight
 from numballama.errors import DeviceError, Error, UnsupportedError
 from numballama.graph import KVLayout, build
 from numballama.parallel import processes
-from numballama.parallel.processes import ProcessBackend, how_it_ended
+from numballama.parallel.processes import ProcessBackend, ProcessProgram, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
 from tests.helpers.processes import is_alive, run_python
 
@@ -115,6 +116,23 @@ def test_exchanges_are_timed(open_ranks: Callable[..., Opened]) -> None:
     os.kill(several.pids[0], signal.SIGKILL)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         several.backend.time_exchanges(several.model.graph, 3)
+
+
+def test_steps_with_an_exchange_are_not_timed(open_ranks: Callable[..., Opened]) -> None:
+    """They would wait for the others. Where they are fused with more, a program is made in which they are not."""
+    made = open_ranks(2)
+    program: Any = made.model.program
+    assert made.backend.program_to_time(program, made.model.graph) is program
+    ops = program.graph.ops
+    with made.model.exclusive() as session:
+        session.set_inputs(program, [1])
+        seconds, whole = made.backend.time_steps(program, ops, [0] * len(ops))
+    assert [each > 0 for each in seconds] == [op.kind not in ("all_reduce", "all_gather") for op in ops] and whole > 0
+    index = next(index for index, op in enumerate(ops) if op.kind == "all_reduce")
+    ops[index] = replace(ops[index], kind="linear_all_reduce", body=(ops[index],))
+    program.fusions = ["norm", "all_reduce"]
+    timed = made.backend.program_to_time(program, made.model.graph)
+    assert isinstance(timed, ProcessProgram) and timed is not program and timed.fusions == ["norm"]
 
 
 def test_bandwidth_is_that_of_all_gpus(open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
