@@ -25,6 +25,13 @@ from .visualize import card
 from .visualize.html import fold, frame, page, printable
 from .visualize.parts import bytes_by_part, layer_of, short_name
 
+
+def first_layer(text: str) -> list[str]:
+    """The lines of a graph or plan as text, without those of layers after the first."""
+    # a line with an arrow has its result, which names the layer, after the arrow
+    return [line for line in text.splitlines() if not _LATER_LAYER.search(line.rpartition("→")[2])]
+
+
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 
 PROMPT_TOKENS = 64
@@ -171,9 +178,7 @@ class Inspection:
         """The report as text. Unless `full`, only the first layer is listed; the others are like it."""
 
         def shorten(text: str) -> list[str]:
-            lines = text.splitlines()
-            # a line with an arrow has its result, which names the layer, after the arrow
-            return lines if full else [line for line in lines if not _LATER_LAYER.search(line.rpartition("→")[2])]
+            return text.splitlines() if full else first_layer(text)
 
         rest = "" if full or self.config.n_layers == 1 else f" ({self._other_layers})"
         lines = [

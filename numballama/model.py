@@ -299,8 +299,8 @@ class Model:
     ) -> Explanation:  # fmt: skip
         """What the model computes for a text, a string or token ids: each token's probability and the `logprobs`
         likeliest in its place; attention of a layer (None: the last) and a head (None: the mean of all); with `lens`
-        also what each layer would predict, for which the classifier runs once a layer. Responses of
-        `stream(…, logprobs=5)` are shown in the same way, without a run.
+        also what each layer would predict, for which the classifier runs once a layer. With several `gpus` only
+        probabilities are shown. Responses of `stream(…, logprobs=5)` are shown in the same way, without a run.
 
         Raises `Error` for more than 2,048 tokens, and for a layer or head that the model does not have.
         """

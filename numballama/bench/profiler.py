@@ -4,26 +4,32 @@ Each step of the plan is measured by itself, as `Backend.time_steps` says. Neigh
 the sum of the steps is not the time of the whole: both are shown. The floor of a step, its minimum time, is the bytes
 that it must move (`traffic.step_bytes`) divided by the measured bandwidth. A prompt of many tokens is limited by
 arithmetic instead: its operations a second are shown.
+
+Of several GPUs that share a model the steps are those of the first one. What the GPUs exchange takes as long as
+`Backend.time_exchanges` says.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .. import progress
 from ..errors import DeviceError, Error
 from ..ir import Op
 from ..visualize import profile as view
-from ..visualize.parts import OTHER, PARTS, layer_of, parts_of_ops, short_name
+from ..visualize.parts import COMMUNICATION, OTHER, PARTS, layer_of, parts_of_ops, short_name
 from .traffic import step_bytes, step_operations
 
 if TYPE_CHECKING:
     from ..backend import Backend, Program
     from ..model import Model
+    from ..parallel.processes import ProcessBackend
 
+SHORTEST_S = 1e-9
+"""Lower bound of the time of an exchange in seconds, so that a rate computed from it is finite."""
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output")
 """Short names of weights that tell steps of one op apart."""
 
@@ -106,6 +112,8 @@ class Profile:
     prompt_s: float | None = None
     tokens: int = 1
     prompt: Profile | None = None
+    ranks: int = 1
+    """Ranks that share the model. Steps, bytes and the bandwidth are those of rank 0."""
 
     @property
     def operations(self) -> int:
@@ -175,6 +183,7 @@ class Profile:
             "device": self.device,
             "position": self.position,
             "tokens": self.tokens,
+            "ranks": self.ranks,
             "memory_bandwidth_bytes_per_second": self.bandwidth,
             "prompt_s": self.prompt_s,
             "whole_step_s": self.whole_s,
@@ -214,9 +223,11 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
     """Measure every step of one decode step after a prompt, and of the prompt's last run: token ids, or just how many.
 
     `bandwidth`, in bytes per second, is the memory's; None: unknown. Raises `Error` on the reference, which has no
-    plan, and `ContextError` if no token fits after the prompt.
+    plan, and `ContextError` if no token fits after the prompt. Of several GPUs only the decode step is measured.
     """
-    backend = model.backend
+    backend, ranks = model.backend, model.gpus
+    weight_nbytes = backend.weight_nbytes if ranks == 1 else cast("ProcessBackend", backend).ranks[0].weight_nbytes
+    bandwidth = bandwidth and bandwidth / ranks
     if isinstance(prompt, int):
         prompt = [token % model.config.vocab_size for token in range(1, prompt + 1)]
     position, prompt_s, of_prompt = len(prompt), None, None
@@ -232,23 +243,44 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
                 prompt_s = time.perf_counter() - started
         report("steps of a token", 1, 3)
         session.set_inputs(model.program, [0])
-        steps, whole = _measure(backend, model.program, position)
+        if ranks == 1:
+            steps, whole = _measure(backend, weight_nbytes, model.program, position)
+        else:
+            several = cast("ProcessBackend", backend)
+            timed = several.program_to_time(model.program, model.graph)
+            session.set_inputs(timed, [0])
+            steps, _ = _measure(backend, weight_nbytes, timed, position)
+            steps = _with_exchanges(steps, several.time_exchanges(model.graph))
+            whole = several.seconds_of_run(model.program)
         program, name = session.prompt_program, model.path.name
         last = prompt[position - min(position, len(program.inputs["ids"])) :]
-        if len(last) > 1:
+        if len(last) > 1 and ranks == 1:
             report("steps of the prompt", 2, 3)
             session.truncate(position - len(last))
             session.set_inputs(program, last)
-            measured = _measure(backend, program, position - 1, len(last))
+            measured = _measure(backend, weight_nbytes, program, position - 1, len(last))
             of_prompt = Profile(name, backend.description, position - 1, bandwidth, measured[1], measured[0],
                                 tokens=len(last))  # fmt: skip
-    return Profile(name, backend.description, position, bandwidth, whole, steps, prompt_s, prompt=of_prompt)
+    return Profile(
+        name, backend.description, position, bandwidth, whole, steps, prompt_s, prompt=of_prompt, ranks=ranks
+    )
 
 
-def _measure(backend: Backend, program: Program, position: int, tokens: int = 1) -> tuple[tuple[StepTime, ...], float]:
+def _with_exchanges(steps: tuple[StepTime, ...], seconds: float) -> tuple[StepTime, ...]:
+    """The steps with a time for each exchange: an equal part of what all take together."""
+    count = sum(step.part == COMMUNICATION for step in steps)
+    return tuple(
+        replace(step, seconds=max(seconds / count, SHORTEST_S)) if step.part == COMMUNICATION else step
+        for step in steps
+    )
+
+
+def _measure(
+    backend: Backend, weight_nbytes: Callable[[str], int], program: Program, position: int, tokens: int = 1
+) -> tuple[tuple[StepTime, ...], float]:
     """The steps of a run of the first `tokens` inputs, the last of them at `position`, and seconds of the whole."""
     graph = program.graph
-    sizes = [step_bytes(graph, op, backend.weight_nbytes, position, tokens) for op in graph.ops]
+    sizes = [step_bytes(graph, op, weight_nbytes, position, tokens) for op in graph.ops]
     program.run(tokens)  # which kernels it takes may depend on the inputs
     kernels, weights = program.kernel_names(tokens), [_matrices(op) for op in graph.ops]
     times, whole = backend.time_steps(program, list(zip(weights, kernels, sizes, strict=True)), sizes, tokens)

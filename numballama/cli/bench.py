@@ -71,9 +71,6 @@ def run_bench(arguments: argparse.Namespace) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None:
                 at_least(name, value, 1)
-    profiled = arguments.profile or arguments.trace is not None
-    if profiled and max(arguments.gpus) > 1:
-        raise Error("--profile and --trace take --gpus 1: steps of several GPUs wait for each other")
     if max(arguments.gpus) > 1:
         if arguments.compare:
             raise Error("--compare measures both on one GPU: leave out --gpus")

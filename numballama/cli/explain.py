@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, cast
 
 from ..explain.explanation import LOGPROBS
 from ..files import atomic_write, require_folder
 from .args import MODEL_HELP, SAMPLING_HELP, load, model_options
 from .parser import Parser
 from .streams import read_stdin
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..parallel.backend import RanksBackend
 
 
 def add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -45,6 +50,7 @@ def run_explain(arguments: argparse.Namespace) -> None:
         found = model.explain(
             given, arguments.logprobs, layer=arguments.layer, head=arguments.head, lens=arguments.lens
         )
+        ranks = _ranks(model) if model.gpus > 1 else ""
     if arguments.html is not None:
         with atomic_write(arguments.html) as file:
             file.write(found.to_html().encode())
@@ -52,3 +58,16 @@ def run_explain(arguments: argparse.Namespace) -> None:
         print(found.to_json())
     elif arguments.html is None:
         found.show()
+        if ranks:
+            print(f"\n{ranks}")
+
+
+def _ranks(model: Model) -> str:
+    """What the GPUs exchange, and the plan of the first one; of the layers only the first."""
+    from ..inspection import first_layer
+    from ..parallel.communication import exchanged_text
+
+    shards = cast("RanksBackend", model.backend).shards(model.graph)
+    lines = [f"attention and the guesses of layers are split over {model.gpus} GPUs: --gpus 1 shows them", ""]
+    lines += [exchanged_text([shard.graph for shard in shards]), "", *first_layer(str(model.plan))]
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import progress
+from ..chat.encoder import note_once
 from ..engine.logprobs import Likeliest, likeliest, log_softmax_parts
 from ..engine.request import TokenLogprobs
 from ..errors import NOT_NUMBERS, Error
@@ -214,12 +215,17 @@ def _explain_ids(
     model: Model, ids: Sequence[int], logprobs: int, layer: int | None, head: int | None, lens: bool
 ) -> Explanation:
     top = _checked(ids, model.config, logprobs, layer, head)
+    if several := model.gpus > 1:  # of values inside of the layers each GPU has a part
+        if layer is not None or head is not None:
+            raise Error(f"attention is split over {model.gpus} GPUs: explain() shows a layer or a head with gpus=1")
+        note_once(model.notes, f"attention and what layers would predict are split over {model.gpus} GPUs: not shown")
+        lens = False
     reader, n, last = model.value_reader, len(ids), model.config.n_layers - 1
     shown = last if layer is None else layer
     probabilities = f"layers.{shown}.probabilities"
     if layer is not None:
         require_name(reader.graph, probabilities)
-    has_attention = probabilities in reader.graph.values  # an architecture's layers may compute none
+    has_attention = not several and probabilities in reader.graph.values  # an architecture's layers may compute none
     classified = [*(f"layers.{each}.lens_logits" for each in range(last) if lens), "logits"]
     best = {name: Likeliest.empty(n, max(top, 1)) for name in classified}
     names = [*classified, probabilities] if has_attention else [*classified]
@@ -235,21 +241,22 @@ def _explain_ids(
                 after = ids[begin + 1 : begin + 1 + len(part)]
                 logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
 
-    if model.batch_invariant:  # the probabilities have the bits of all its runs, whose ops are fused
+    if several or model.batch_invariant:  # the probabilities have the bits of all its runs, whose ops are fused
         names.remove("logits")
         end = 0
         with closing(model.iter_logits(ids)) as parts:
             for logits in parts:
                 take("logits", end, logits)
                 end += len(logits)
-    with model.exclusive() as session, progress.progress_bar("explaining") as report:
-        total = ceil_div(n, len(reader.program.inputs["ids"])) * len(names)
-        for done, (name, start, end, rows) in enumerate(reader.stops(session, ids, names)):
-            report(f"token {end} of {n}", done, total)
-            if name == probabilities:
-                weights[start:end] = rows[:, :, :n].mean(axis=1) if head is None else rows[:, head, :n]
-            else:
-                take(name, start, rows)
+    if names:
+        with model.exclusive() as session, progress.progress_bar("explaining") as report:
+            total = ceil_div(n, len(reader.program.inputs["ids"])) * len(names)
+            for done, (name, start, end, rows) in enumerate(reader.stops(session, ids, names)):
+                report(f"token {end} of {n}", done, total)
+                if name == probabilities:
+                    weights[start:end] = rows[:, :, :n].mean(axis=1) if head is None else rows[:, head, :n]
+                else:
+                    take(name, start, rows)
     tops = [each[:top] for each in best["logits"].pairs()]
     found = [TokenLogprobs(*each) for each in zip(logprobs_of_text[1:].tolist(), tops[:-1], strict=True)]
     return Explanation(

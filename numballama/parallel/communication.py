@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from ..errors import Error
-from ..ir import Graph, Op, Value
+from ..ir import DTYPES, Graph, Op, Value
+from ..visualize.parts import is_exchange
 from .shard import Shard
 
 TIMES = 8
@@ -19,6 +22,22 @@ RUNS, REPEATS = 4, 5
 """Runs that are timed together, and how often they are."""
 INPUTS = ("ids", "positions", "sequences")
 """Inputs of a run, which the programs of all backends have."""
+
+
+def exchanged_text(graphs: Sequence[Graph]) -> str:
+    """What the ranks exchange in a run: `graphs` are theirs for a decode step, before any fusion. Bytes are those that
+    a rank writes, its part to each of the others.
+    """
+    lines, total, others = [f"what {len(graphs)} ranks exchange for each token:"], 0, len(graphs) - 1
+    parts = Counter[tuple[str, tuple[int, ...]]]()
+    for ops in zip(*([op for op in graph.ops if is_exchange(op)] for graph in graphs), strict=True):
+        given = (graph.values[op.inputs[0]] for graph, op in zip(graphs, ops, strict=True))
+        parts[ops[0].kind, tuple(math.prod(v.shape[1:]) * DTYPES[v.dtype].itemsize for v in given)] += 1
+    for (kind, sizes), count in parts.items():
+        total += count * max(sizes) * others
+        each = f"{sizes[0]:,}" if len({*sizes}) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+        lines.append(f"  {count:5} {kind:11} {each} bytes from each rank to each other")
+    return "\n".join([*lines, f"  together up to {total:,} bytes that a rank writes"])
 
 
 class Runnable(Protocol):

@@ -16,12 +16,13 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,7 @@ from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import mark_workers_started, refuse_forked
 from ..errors import CLOSED, COMPILE_AGAIN, DeviceError, Error, UnsupportedError
+from ..fusion import FUSIONS
 from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
@@ -38,10 +40,13 @@ from ..plan import Plan
 from ..progress import Report, progress_bar
 from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
+from ..visualize.parts import is_exchange
 from .backend import RanksBackend
+from .communication import REPEATS, RUNS
 from .graph_json import dump_graph
+from .hangs import LOOK_S, HangWatch, Task
 from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank
-from .rank_memory import BEATS, DONE, FAILED, FREE, ROWS, Kind, RankMemory, Sizes, Until
+from .rank_memory import DONE, FAILED, FREE, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
 from .shard import Layout, Shard
 from .shares import Shares
@@ -58,14 +63,10 @@ POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
 SHORT_WAIT = 100
 """Looks before that, at once."""
-HANG_S, LOADING_HANG_S = 1.5, 60.0
-"""Seconds without a sign of life after which a rank that has a command is killed, and one that loads or compiles: that
-may leave no time for signs of life.
-"""
-LOOK_S = 0.1
-"""Seconds between two looks for signs of life. A look that comes much later says that this process had no time."""
 END_S = 1.0
 """Seconds that a process has to end when its input has ended, before it is killed."""
+NOTICE_S = 0.3
+"""Seconds in which the end of a process is noticed: what fails on rank 0 meanwhile may be a consequence."""
 
 
 def how_it_ended(code: int) -> str:
@@ -88,10 +89,8 @@ class RankGroup:
         self._pid = os.getpid()
         self._failure: str | None = None
         self._closing = False
-        self._patience_s = LOADING_HANG_S
-        """Seconds without a sign of life after which a rank that has something to do is killed."""
-        self._sent = 1
-        """Messages sent; the start counts as one."""
+        self._task = Task(1)
+        """The last message; the start counts as the first."""
         mark_workers_started()
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -119,21 +118,13 @@ class RankGroup:
         self.memory.stop()
 
     def _look(self) -> None:
-        """Kill a rank that has something to do and gives no sign of life: it is stopped, or swapped out for good."""
-        beats, since = self.memory.done[:, BEATS].copy(), [time.monotonic()] * self.memory.sizes.ranks
-        last = time.monotonic()
+        """Kill a rank that hangs."""
+        watch = HangWatch(self.memory, [process.pid for process in self.processes])
         while not self._closing:
             time.sleep(LOOK_S)
-            now, current = time.monotonic(), self.memory.done[:, BEATS].copy()
-            late, last = now - last > 3 * LOOK_S, now
-            for rank, process in enumerate(self.processes, 1):
-                idle, patience_s = self.memory.done[rank, DONE] >= self._sent, self._patience_s
-                if idle or late or current[rank] != beats[rank]:
-                    since[rank] = now
-                elif now - since[rank] > patience_s:
-                    self._failure = self._failure or f"rank {rank} has given no sign of life for {patience_s:g} seconds"
-                    process.kill()  # `_watch` stops the others
-            beats = current
+            for rank, trouble in watch.look(time.monotonic(), self._task).items():
+                self._failure = self._failure or f"rank {rank} {trouble}"
+                self.processes[rank - 1].kill()  # `_watch` stops the others
 
     @property
     def failure(self) -> DeviceError | None:
@@ -153,9 +144,10 @@ class RankGroup:
         fails.
         """
         looks = 0
+        self._task.end_of_rank_0()
         while True:
             self.check()
-            done = self.memory.done[1:, DONE] >= self._sent
+            done = self.memory.done[1:, DONE] >= self._task.number
             if done.all():
                 return
             if report is not None:
@@ -163,10 +155,9 @@ class RankGroup:
             time.sleep(0 if looks < SHORT_WAIT else POLL_S)  # after a run, the others end with this one
             looks += 1
 
-    def send(self, messages: Sequence[bytes]) -> None:
-        """Send a message to each rank."""
-        self._patience_s = LOADING_HANG_S
-        self._sent += 1
+    def send(self, messages: Sequence[bytes], loading: bool = True) -> None:
+        """Send a message to each rank. `loading`: nobody knows how long what it asks for takes."""
+        self._task = Task(self._task.number + 1, loading)
         for process, message in zip(self.processes, messages, strict=True):
             assert process.stdin is not None
             try:
@@ -181,8 +172,7 @@ class RankGroup:
         for row, numbers in data.items():
             self.memory.set_data(row, numbers)
         self.memory.set_command(kind, *arguments)
-        self.send([COMMAND] * len(self.processes))
-        self._patience_s = LOADING_HANG_S if kind == Kind.PREPARE else HANG_S
+        self.send([COMMAND] * len(self.processes), kind == Kind.PREPARE)
 
     @contextlib.contextmanager
     def together(self, interruptible: bool = False) -> Iterator[None]:
@@ -192,6 +182,7 @@ class RankGroup:
         """
         try:
             yield
+            self._task.end_of_rank_0()
         except BaseException as error:
             if interruptible and isinstance(error, KeyboardInterrupt):
                 raise
@@ -209,10 +200,13 @@ class RankGroup:
             raise DeviceError("the ranks have been stopped" + COMPILE_AGAIN)
 
     def _await_cause(self) -> None:
-        """A moment for `_watch`: a rank that has stopped the others is about to end. If that takes long, as where a GPU
-        frees its memory, what the rank has written is the cause.
+        """A moment for `_watch`: a process may just have ended, or a rank that has stopped the others is about to. If
+        that takes long, as where a GPU frees its memory, what the rank has written is the cause.
         """
-        end = time.monotonic() + END_S
+        start = time.monotonic()
+        while self._failure is None and time.monotonic() < start + NOTICE_S:
+            time.sleep(POLL_S)
+        end = start + END_S
         while self._failure is None and (failed := np.flatnonzero(self.memory.done[:, FAILED])).size:
             if time.monotonic() >= end:
                 self._failure = f"rank {failed[0]} has failed: {self.memory.failure(int(failed[0]))}"
@@ -242,9 +236,14 @@ class ProcessProgram:
     """Rank 0's program, which runs together with those of the other processes. Implements `backend.Program`."""
 
     def __init__(
-        self, backend: ProcessBackend, number: int, program: RankProgram, layouts: Mapping[str, Layout]
+        self,
+        backend: ProcessBackend,
+        number: int,
+        program: RankProgram,
+        layouts: Mapping[str, Layout],
+        fusions: bool | Sequence[str] = True,
     ) -> None:
-        self._layouts = layouts
+        self._layouts, self.fusions = layouts, fusions
         self._backend, self.number, self.first = backend, number, program  # the processes end with the backend
         self.inputs, self.graph, self.prefill_end = program.inputs, program.graph, program.prefill_end
 
@@ -411,9 +410,51 @@ class ProcessBackend(RanksBackend):
         self.group.command(Kind.PREPARE, decode.number, data={})
         self.group.wait()
 
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
+    ) -> tuple[list[float], float]:
+        """Seconds of each step of rank 0, without the others, and of a whole run of all ranks; medians. Exchanges have
+        0, since they cannot be run alone: see `time_exchanges`. Afterwards the KV cache holds anything.
+        """
+        if not isinstance(program, ProcessProgram):
+            raise Error("steps of several ranks are timed in a program of theirs")
+        whole = self.seconds_of_run(program, tokens)
+        steps = [index for index, op in enumerate(program.graph.ops) if not is_exchange(op)]
+        of_steps = [kinds[index] for index in steps], [nbytes[index] for index in steps]
+        with interrupts.deferred():
+            alone = dict(zip(steps, self._device.time_steps(program.first, steps, *of_steps, tokens), strict=True))
+        return [alone.get(index, 0.0) for index in range(len(kinds))], whole
+
+    def seconds_of_run(self, program: Program, tokens: int = 1) -> float:
+        """Seconds of a run of all steps of all ranks; a median."""
+        found: list[float] = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            for _ in range(RUNS):
+                program.run(tokens)
+            self.synchronize()
+            found.append((time.perf_counter() - start) / RUNS)
+        return statistics.median(found[1:])
+
+    def program_to_time(self, program: Program, graph: Graph) -> Program:
+        """A program of the same graph in which each exchange is a step: `program`, unless it has them in fused steps,
+        which cannot run alone.
+        """
+        if not isinstance(program, ProcessProgram) or not any(op.body and is_exchange(op) for op in program.graph.ops):
+            return program
+        fusions = program.fusions if not isinstance(program.fusions, bool) else FUSIONS
+        return self.program(graph, [name for name in fusions if name != "all_reduce"])
+
     def synchronize(self) -> None:
-        """Wait until rank 0's device has done all its work. Raises `DeviceError` if a rank has failed."""
-        self._device.backend.synchronize()
+        """Wait until the devices of all ranks have done all their work. Raises `DeviceError` if a rank has failed."""
+        refuse_forked()
+        with interrupts.deferred():  # a command that was sent must be done
+            self.group.command(Kind.SYNCHRONIZE, data={})
+            with self.group.together():
+                self._device.backend.synchronize()
+            self.group.wait()
+        if self.on_gpus:
+            self.group.check_results()
 
     def discard_runs(self) -> None:
         """Wait until rank 0's device is idle, and forget the tickets of runs in flight."""
@@ -436,7 +477,7 @@ class ProcessBackend(RanksBackend):
             with self.group.together():
                 self.group.wait()
             self._programs += 1
-        return ProcessProgram(self, self._programs - 1, own, shards[0].layouts)
+        return ProcessProgram(self, self._programs - 1, own, shards[0].layouts, fusions)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of every rank's page table, from entry `first` on."""

@@ -7,17 +7,20 @@ others its handle, and maps theirs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..checkpoint import Weight
 from ..errors import DeviceError, Error
 from ..host import environment, interrupts
+from ..ir import Graph
 from .rank_memory import FREE, RankMemory
 
 if TYPE_CHECKING:
+    from ..backend import Program
     from ..cpu.backend import CpuBackend, CpuProgram
     from ..cuda.backend import CudaBackend
+    from ..cuda.driver import PreparedLaunch
     from ..cuda.program import CudaProgram
 
 RankProgram: TypeAlias = "CpuProgram | CudaProgram"
@@ -45,6 +48,14 @@ class RankDevice(ABC):
         """Start a run whose tokens rank 0 samples and sends."""
         raise Error("ranks on the CPU get no tokens: their runs are done before rank 0 samples")
 
+    @abstractmethod
+    def time_steps(
+        self, program: RankProgram, steps: Sequence[int], kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int
+    ) -> list[float]:
+        """Seconds of some steps of a program after a run for `tokens` tokens, without the other ranks: none of these
+        steps is an exchange. `kinds` and `nbytes` are as in `backend.Backend.time_steps`, of these steps.
+        """
+
     def close(self) -> None:
         """Free the memory of the device."""
         self.backend.close()
@@ -69,6 +80,13 @@ class CpuRank(RankDevice):
 
     def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
         self.backend.states |= {"exchange": memory.exchange, "arrivals": memory.arrivals}
+
+    def time_steps(
+        self, program: RankProgram, steps: Sequence[int], kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int
+    ) -> list[float]:
+        from ..cpu.timing import time_steps
+
+        return time_steps(cast("Program", StepsAlone(program, steps)), tokens)[0]
 
 
 class GpuRank(RankDevice):
@@ -106,11 +124,49 @@ class GpuRank(RankDevice):
         assert isinstance(program, CudaProgram)
         program.submit(tokens, rows, None)
 
+    def time_steps(
+        self, program: RankProgram, steps: Sequence[int], kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int
+    ) -> list[float]:
+        from ..cuda.timing import time_steps
+
+        return time_steps(cast("CudaProgram", LaunchesAlone(program, steps)), kinds, nbytes, tokens)[0]
+
     def close(self) -> None:
         try:
             super().close()  # first: kernels may still poll or write what the ranks share
         finally:  # also where the device has failed
             self._peers.free()
+
+
+class StepsAlone:
+    """Some steps of a program on the CPU, as if they were all: what `cpu.timing` needs of a program."""
+
+    def __init__(self, program: RankProgram, steps: Sequence[int]) -> None:
+        self._program, self._steps = program, steps
+        self.graph = Graph("steps of a rank")
+        self.graph.ops = [program.graph.ops[step] for step in steps]
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Run steps [begin, end) of these, each by itself; none of them is an entry and no more."""
+        for step in self._steps[begin:end]:
+            self._program.run(tokens, step, step + 1, rows)
+        if begin == end:
+            self._program.run(tokens, 0, 0, rows)
+
+
+class LaunchesAlone:
+    """The same on a GPU, for `cuda.timing`. The inputs are on the device: a run was before."""
+
+    def __init__(self, program: RankProgram, steps: Sequence[int]) -> None:
+        self._program, self._steps, self.backend = program, steps, program.backend  # type: ignore[union-attr]
+
+    def run(self, tokens: int) -> None:
+        """Does nothing: a run would wait for the other ranks."""
+
+    def launches_of_run(self, tokens: int) -> list[list[PreparedLaunch]]:
+        """Those of these steps."""
+        launches: list[list[PreparedLaunch]] = self._program.launches_of_run(tokens)  # type: ignore[union-attr]
+        return [launches[step] for step in self._steps]
 
 
 def open_rank(

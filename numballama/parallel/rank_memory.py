@@ -29,7 +29,7 @@ MESSAGE = 1024
 HANDLE = 64
 """Bytes of the handle of a rank's device memory."""
 
-DONE, FAILED, BEATS, FREE = 0, 1, 2, 3
+DONE, FAILED, BEATS, FREE, FAULTS = 0, 1, 2, 3, 4
 """Elements of a rank's row of `done`."""
 
 
@@ -51,6 +51,8 @@ class Kind(IntEnum):
     """no arguments: all ranks have loaded; map their memory"""
     PREPARE = 5
     """number of the decode program: compile what would delay the first token"""
+    SYNCHRONIZE = 6
+    """no arguments: wait until the device has done all its work"""
 
 
 class Until(IntEnum):
@@ -106,7 +108,8 @@ class RankMemory:
         self.command, self.done, self.data = array("command"), array("done"), array("data")
         """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element DONE counts messages done, FAILED is not 0
         after a failure, BEATS counts while the process runs, FREE is bytes of device memory that were free after
-        loading. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
+        loading, FAULTS counts pages that were read from the disk. int32 [4, ROWS]: ids, positions, sequences and
+        rows of a run."""
         self.handles = array("handles")
         """uint8 [ranks, HANDLE]: of each rank's memory on a GPU."""
         self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")
@@ -118,6 +121,10 @@ class RankMemory:
             return cls(os.memfd_create("numballama"), sizes)
         with tempfile.TemporaryFile() as file:
             return cls(os.dup(file.fileno()), sizes)
+
+    def exchanges(self, rank: int) -> int:
+        """How often the workers of a rank on the CPU have come to an exchange, all together. 0 on GPUs."""
+        return int(self.arrivals[rank].view(np.int64)[:, 0].sum())
 
     def fail(self, rank: int, message: str) -> None:
         """Say why a rank failed: rank 0 reads it."""

@@ -21,7 +21,7 @@ from .. import loader
 from ..quantization import policy
 from .graph_json import load_graph
 from .rank_device import RankProgram, open_rank
-from .rank_memory import BEATS, DONE, Kind, RankMemory, Sizes, Until
+from .rank_memory import BEATS, DONE, FAULTS, Kind, RankMemory, Sizes, Until
 from .shares import Shares
 from .weights import converted, rank_weights
 
@@ -88,6 +88,8 @@ class Rank:
             self.device.connect(self.memory, self.shares.vocab)
         elif kind == Kind.PREPARE:
             self.device.backend.prepare(self.programs[arguments[0]])
+        elif kind == Kind.SYNCHRONIZE:
+            self.device.backend.synchronize()
         else:
             self._run(Kind(kind), arguments)
 
@@ -121,8 +123,11 @@ def read_messages(source: BinaryIO, messages: queue.SimpleQueue[bytes | None]) -
 
 def beat(memory: RankMemory, rank: int) -> None:
     """Count while this process runs: one that is stopped does not, and neither does one that gets no time."""
+    import resource  # not on Windows, where no rank is a process
+
     while True:
         memory.done[rank, BEATS] += 1
+        memory.done[rank, FAULTS] = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         time.sleep(BEAT_S)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from .parts import ATTENTION, CLASSIFIER, EMBEDDING, FEED_FORWARD, OTHER
+from .parts import ATTENTION, CLASSIFIER, COMMUNICATION, EMBEDDING, FEED_FORWARD, OTHER
 
 COLOURS = {
-    EMBEDDING: "#9b6fd0", ATTENTION: "#3f88d8", FEED_FORWARD: "#d98324", CLASSIFIER: "#2f9e6e", OTHER: "#8a8f98",
+    EMBEDDING: "#9b6fd0", ATTENTION: "#3f88d8", FEED_FORWARD: "#d98324", CLASSIFIER: "#2f9e6e",
+    COMMUNICATION: "#d0527a", OTHER: "#8a8f98",
 }  # fmt: skip
 """Part → its colour. Each is seen on white and on black."""
 

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from ..ir import Graph, Op
 
 EMBEDDING, ATTENTION, FEED_FORWARD, CLASSIFIER, OTHER = "embedding", "attention", "feed-forward", "classifier", "other"
-PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, CLASSIFIER, OTHER)
-"""In the order of a table. "other" is what belongs to no part, such as the angles of RoPE, which all layers share."""
+COMMUNICATION = "communication"
+PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, CLASSIFIER, COMMUNICATION, OTHER)
+"""In the order of a table. "other" is what belongs to no part, such as the angles of RoPE, which all layers share.
+"communication" is what ranks that share a model exchange.
+"""
 
+EXCHANGES = ("all_reduce", "all_gather")
+"""Ops in which ranks exchange values."""
 _PART_OF = {
     "tok_embeddings": EMBEDDING,
     **dict.fromkeys(["attn_norm", "wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "q_norm", "k_norm"], ATTENTION),
@@ -41,11 +46,16 @@ def part_of_weight(name: str) -> str:
     return _PART_OF.get(short_name(name), OTHER)
 
 
+def is_exchange(op: Op) -> bool:
+    """Whether ranks exchange values in an op, or in one that is fused into it."""
+    return op.kind in EXCHANGES or any(map(is_exchange, op.body))
+
+
 def parts_of_ops(graph: Graph) -> list[str]:
     """The part of each op: that of its weights or, for an op without weights, of the last of its inputs' ops.
 
-    Outside the layers, what reads the embedding table by token ids is the embedding, and all that comes after the
-    layers is the classifier.
+    What ranks exchange is communication. Outside the layers, what reads the embedding table by token ids is the
+    embedding, and all that comes after the layers is the classifier.
     """
     made: dict[str, tuple[int, str]] = {}  # value → index and part of the op that computes it
     parts: list[str] = []
@@ -57,7 +67,7 @@ def parts_of_ops(graph: Graph) -> list[str]:
             part = EMBEDDING if op.kind == "embedding" else CLASSIFIER if seen_layer else OTHER
         else:
             part = _part_in_layer(graph, op, layer, made)
-        parts.append(part)
+        parts.append(COMMUNICATION if is_exchange(op) else part)
         made |= dict.fromkeys(op.outputs, (index, part))
     return parts
 

@@ -42,7 +42,14 @@ def _note(profile: Profile) -> str:
             f"The memory gives {_gigabytes(profile.bandwidth)} GB/s, measured here; the floor is the bytes at that "
             "rate. Above 100% caches help."
         )
-    return f"{memory} Steps overlap, so the whole is not the sum."
+    note = f"{memory} Steps overlap, so the whole is not the sum."
+    if profile.ranks == 1:
+        return note
+    return (
+        f"{note} Steps, bytes and memory are those of rank 0 of {profile.ranks}, each step alone. Communication is the "
+        "time of all exchanges, one after the other with nothing in between: the least that it takes, since ranks also "
+        "wait for each other. Each exchange has an equal part of it."
+    )
 
 
 def _gigaflops(rate: float) -> str:

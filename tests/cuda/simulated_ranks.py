@@ -70,6 +70,7 @@ def test_gpus_share_a_model(tmp_path: Path) -> None:
         for params, some in ((GREEDY, prompts), (drawn, prompts[1:])):
             assert tokens_of(two, some, params) == tokens_of(one, some, params)
         assert two.backend.memory_bytes and "2 ranks in processes" in two.backend.description
+        two.backend.synchronize()
     assert process.returncode == 0
 
 

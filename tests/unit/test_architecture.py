@@ -59,7 +59,7 @@ ORDER = """
             kernels.logits kernels.sampling kernels.copy kernels.repack kernels.collectives compiler driver peers \
             selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
     reference
-    parallel: shares weights shard communication rank_memory backend graph_json rank_device rank_process processes
+    parallel: shares weights shard communication rank_memory hangs backend graph_json rank_device rank_process processes
     backend session
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner

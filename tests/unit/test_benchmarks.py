@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -302,3 +304,82 @@ def test_models_of_ranks_are_chosen(ranks: ModuleType) -> None:
     assert ranks.chosen(["Llama-2-7B:q8_0", "tiny:f16"], False) == [ranks.CASES[1], ranks.Case("tiny", "f16")]
     weights = ranks.random_weights(ranks.SHAPES["tiny"], "q8_0")
     assert {name: weight.shape for name, weight in weights.items()} == ranks.SHAPES["tiny"].weight_shapes()
+
+
+# Failures of a rank
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("gpu", "batched", "ranks", "left_behind", "faulty_rank", "rank_moments", "rank_failures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("rank_failures")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_failures_of_a_rank(tmp_path: Path) -> None:
+    """One on the CPU, which the file then has."""
+    out = tmp_path / "failures.json"
+    command = [sys.executable, str(SCRIPT.with_name("rank_failures.py")), "--device", "cpu", "--json", str(out)]
+    command += ["--moments", "idle", "--ways", "kill"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (found,) = json.loads(out.read_text())["failures"]
+    assert (found["moment"], found["way"], found["problems"]) == ("idle", "kill", []) and found["seconds"] < 2
+    assert found["errors"] == ["rank 1 ended with signal SIGKILL; the model must be compiled again"]
+    assert "| idle | 0." in done.stdout and "0 of 1 failures with something wrong" in done.stdout
+
+
+def test_table_of_failures_says_what_is_wrong(failures: ModuleType) -> None:
+    def failure(moment: str, way: str, seconds: float | None, *problems: str) -> dict[str, Any]:
+        return {"moment": moment, "way": way, "seconds": seconds, "errors": [], "problems": problems}
+
+    result = {
+        "device": "cuda", "gpus": 2, "commit": "abc", "machine": {"date": "2026-01-01"},
+        "failures": [
+            failure("idle", "kill", 0.015), failure("idle", "loop", 2.5, "2.50 s"),
+            failure("ranks connect", "exit", None, "TimeoutError: of a test"),
+        ],
+    }  # fmt: skip
+    text = failures.table(result)
+    assert (
+        "2 ranks on cuda, 2026-01-01, commit abc" in text and "| ranks connect | – | **–, wrong** | – | – | – |" in text
+    )
+    assert "| idle | 0.01 | – | – | – | **2.50, wrong** |" in text and "2 of 3 failures" in text
+    assert text.endswith("* ranks connect, exit: TimeoutError: of a test")
+    assert failures.ways_of("idle", failures.WAYS, "cpu") == list(failures.WAYS)
+    assert failures.ways_of("graphs are captured", ["kill"], "cpu") == []
+    assert failures.ways_of("kernels are prepared", ["kill"], "cuda") == []
+    assert failures.ways_of("ranks connect", ["kill", "loop"], "cuda") == ["kill"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_what_is_left_behind(failures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [[8 << 30, 8 << 30]]
+    monkeypatch.setattr(failures.LeftBehind, "_free_bytes", lambda self: free[-1])
+    before, done = failures.LeftBehind(2), threading.Event()
+    assert before.problems([], 0) == []
+    thread = threading.Thread(target=done.wait, name="of a test")
+    thread.start()
+    file = os.memfd_create("numballama of a test")
+    os.ftruncate(file, 4096)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        free.append([8 << 30, 7 << 30])
+        processes, threads, files, memory = before.problems([os.getpid()], 0)
+        assert processes.startswith("processes left: ")
+        assert {str(process.pid), str(os.getpid())} == {*processes.partition(": ")[2].split(", ")}
+        assert threads.startswith("threads left: of a test") and "memfd:numballama of a test" in files
+        assert memory == "GPU 1 keeps 1,074 MB"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert any(each == f"processes left: {process.pid}" for each in before.problems([], 0)), "a zombie"
+    with mmap.mmap(file, 4096):
+        os.close(file)
+        assert any(each.startswith("shared memory left: ") for each in before.problems([], 0))
+    done.set()
+    thread.join()
+    free.append([8 << 30, (8 << 30) - (1 << 20)])
+    assert before.problems([process.pid], 1) == []

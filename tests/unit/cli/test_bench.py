@@ -8,14 +8,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from numballama import backend, loader, model
-from numballama.backend import Backend
-from numballama.checkpoint import Weight
-from numballama.parallel.processes import ProcessBackend
+from numballama.bench import profiler
+from numballama.bench.profiler import Profile
 from tests.helpers.command_line import call
 
 
@@ -50,26 +48,6 @@ def test_lists_give_csv_json_and_a_picture(tiny_file: Path, tmp_path: Path, caps
     assert (tmp_path / "speeds.svg").read_text().startswith("<svg ")
     one = json.loads(call(capsys, *words, "--prompt-tokens", 3, "--sequences", 2, "--json").out)
     assert one["sequences"] == 2 and one["decode_tokens_per_second"] > 0, "one combination is one object, as ever"
-
-
-@pytest.fixture
-def ranks_for_gpus(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--gpus N opens N ranks on the CPU, each in a process, in place of GPUs."""
-    config, open_one = loader.open_checkpoint(tiny_file).config, backend.open_backend
-
-    def choose_device(device: str, gpus: int) -> tuple[str, str]:
-        return device, ""
-
-    def open_backend(
-        device: str, weights: dict[str, Weight], threads: int, invariant: bool, gpus: int, *others: Any
-    ) -> Backend:
-        if gpus == 1:
-            return open_one(device, weights, threads, invariant)
-        return cast("Backend", ProcessBackend(tiny_file, config, weights, [device] * gpus, threads, invariant))
-
-    monkeypatch.setattr(model, "open_backend", open_backend)
-    for module in (model, backend):
-        monkeypatch.setattr(module, "choose_device", choose_device)
 
 
 @pytest.mark.slow
@@ -118,6 +96,39 @@ def test_several_gpus(
     assert alone["gpus"] == 1 and alone["communication_s"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")
+def test_profile_of_several_gpus(
+    ranks_for_gpus: None, tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of rank 0, and what exchanges take. Bytes are rank 0's: about half of those of one GPU."""
+    made: list[Profile] = []
+
+    def profile(*arguments: Any) -> Profile:
+        made.append(profile_of(*arguments))
+        return made[-1]
+
+    profile_of = profiler.profile
+    monkeypatch.setattr(profiler, "profile", profile)
+    monkeypatch.setattr("numballama.cpu.timing.ROUNDS", 3)
+    words = ("bench", tiny_file, "--device", "cpu", "--threads", 1, "--max-tokens", 2, "--repeats", 1)
+    words += ("--prompt-tokens", 5, "--profile", "--gpus")
+    text, _ = (call(capsys, *words, gpus).out for gpus in (2, 1))
+    found, alone = (each.to_dict() for each in made)
+    assert (found["ranks"], alone["ranks"]) == (2, 1) and found["prompt"] is None and alone["prompt"]["steps"]
+    (part,) = [each for each in found["parts"] if each["part"] == "communication"]
+    kinds = {row["name"]: row for row in found["rows"]}
+    assert part["count"] == kinds["all_reduce"]["count"] + kinds["all_gather"]["count"]
+    assert kinds["all_gather"]["count"] == 1 and kinds["all_reduce"]["count"] % 2 == 0
+    assert all(step["seconds"] > 0 for step in found["steps"]) and found["whole_step_s"] > 0
+    assert 0.4 < found["bytes"] / alone["bytes"] < 0.75
+    assert "communication" not in {each["part"] for each in alone["parts"]}
+    micros = re.search(r"communication ([\d,]+) µs of [\d,]+ µs a token", text)
+    assert micros is not None and int(micros[1].replace(",", "")) == round(part["seconds"] * 1e6)
+    assert re.search(r"^  communication +\d+ +[\d,]+\.\d\d ", text, re.M) and "2 ranks in processes" in text
+    assert "Steps, bytes and memory are those of rank 0 of 2" in text
+
+
 @pytest.mark.parametrize("invariant", [True, False])
 def test_reports_say_whether_runs_are_batch_invariant(
     invariant: bool, tiny_file: Path, capsys: pytest.CaptureFixture[str]
@@ -141,7 +152,7 @@ def test_what_a_sweep_refuses(
         (("--threads", "1,2", "--profile"), 1, "--profile and --trace take one combination"),
         (("--gpus", "1,2"), 1, "--gpus 2 is for GPUs: on --device cpu all cores share the model"),
         (("--gpus", "1,0"), 1, "--gpus must be at least 1, found 0"),
-        (("--gpus", "2", "--profile"), 1, "--profile and --trace take --gpus 1: steps of several GPUs wait"),
+        (("--gpus", "1,2", "--profile"), 1, "--gpus 2 is for GPUs: on --device cpu"),
         (("--gpus", "2", "--compare", "llama.cpp"), 1, "--compare measures both on one GPU: leave out --gpus"),
         (("--prompt-tokens", "8,x"), 2, "must be a whole number, found 'x'"),
         (("--prompt-tokens", "8,0"), 1, "--prompt-tokens must be at least 1"),

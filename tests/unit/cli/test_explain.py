@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+import numballama
+from numballama.errors import Error
 from tests.helpers.command_line import call
 
 
@@ -53,3 +56,35 @@ def test_errors_name_the_option(words: list[object], capsys: pytest.CaptureFixtu
     done = call(capsys, *words, "a", "--layer", 2)
     assert done.code == 1 and "--layer must be 0 to 1, found 2" in done.err
     assert "--tokenizer" in call(capsys, "explain", words[1], "a", "--device", "reference").err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")
+def test_several_gpus(
+    ranks_for_gpus: None, tiny_file: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same probabilities as of one, without what is split; what is exchanged, and the plan of rank 0."""
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", threads=1) as alone:
+        one, config = alone.explain("the story"), alone.config
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", threads=1, gpus=2) as several:
+        two = several.explain("the story")
+        assert several.notes[-1] == "attention and what layers would predict are split over 2 GPUs: not shown"
+        with pytest.raises(
+            Error, match=r"attention is split over 2 GPUs: explain\(\) shows a layer or a head with gpus=1"
+        ):
+            several.explain("the story", layer=0)
+    assert two.attention is two.lens is None and one.lens
+    for a, b in zip(one.tokens[1:], two.tokens[1:], strict=True):
+        assert a.id == b.id and b.logprob == pytest.approx(a.logprob, abs=1e-4)
+    words = ["explain", tiny_file, "--tokenizer", tiny_tokenizer, "--device", "cpu", "--threads", 1, "the story"]
+    done = call(capsys, *words, "--gpus", 2)
+    assert done.code == 0 and done.err == "" and "likeliest in its place" in done.out
+    assert "attention and the guesses of layers are split over 2 GPUs: --gpus 1 shows them" in done.out
+    total = 2 * config.n_layers * 4 * config.dim + 2 * config.vocab_size
+    for line in (
+        f"{2 * config.n_layers} all_reduce  {4 * config.dim:,} bytes from each rank to each other",
+        f"1 all_gather  {2 * config.vocab_size:,} bytes from each rank to each other",
+        f"together up to {total:,} bytes that a rank writes",
+    ):
+        assert line in done.out
+    assert "rank 0 of 2 on cpu" in done.out and "layers.0.wq" in done.out and "layers.1.wq" not in done.out

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from numballama.checkpoint import Weight
 from numballama.errors import DeviceError, Error, UnsupportedError
 from numballama.graph import KVLayout, build
 from numballama.parallel import processes
-from numballama.parallel.processes import ProcessBackend, how_it_ended
+from numballama.parallel.processes import ProcessBackend, ProcessProgram, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
 from tests.helpers.processes import is_alive, run_python
 
@@ -113,6 +116,23 @@ def test_exchanges_are_timed(open_ranks: Callable[..., Opened]) -> None:
     os.kill(several.pids[0], signal.SIGKILL)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         several.backend.time_exchanges(several.model.graph, 3)
+
+
+def test_steps_with_an_exchange_are_not_timed(open_ranks: Callable[..., Opened]) -> None:
+    """They would wait for the others. Where they are fused with more, a program is made in which they are not."""
+    made = open_ranks(2)
+    program: Any = made.model.program
+    assert made.backend.program_to_time(program, made.model.graph) is program
+    ops = program.graph.ops
+    with made.model.exclusive() as session:
+        session.set_inputs(program, [1])
+        seconds, whole = made.backend.time_steps(program, ops, [0] * len(ops))
+    assert [each > 0 for each in seconds] == [op.kind not in ("all_reduce", "all_gather") for op in ops] and whole > 0
+    index = next(index for index, op in enumerate(ops) if op.kind == "all_reduce")
+    ops[index] = replace(ops[index], kind="linear_all_reduce", body=(ops[index],))
+    program.fusions = ["norm", "all_reduce"]
+    timed = made.backend.program_to_time(program, made.model.graph)
+    assert isinstance(timed, ProcessProgram) and timed is not program and timed.fusions == ["norm"]
 
 
 def test_bandwidth_is_that_of_all_gpus(open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +232,8 @@ def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> 
     os.kill(several.pids[0], signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(
-        DeviceError, match=r"rank 1 has given no sign of life for 1.5 seconds; the model must be compiled"
+        DeviceError,
+        match=r"rank 1 has given no sign of life for 1.5 seconds: it is stopped; the model must be compiled",
     ):
         several.model.generate("Once", params=GREEDY)
     assert time.monotonic() - started < LIMIT_S + 0.5
@@ -279,13 +300,69 @@ def test_a_rank_that_is_killed_while_it_loads(
 def test_a_rank_that_is_stopped_while_it_loads(
     open_ranks: Callable[..., Opened],
     signal_rank_1: Callable[[signal.Signals], list[subprocess.Popen[bytes]]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = signal_rank_1(signal.SIGSTOP)
-    monkeypatch.setattr(processes, "LOADING_HANG_S", 0.5)
-    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 0.5 seconds"):
+    """A minute without a sign of life is for ranks that run."""
+    started, begin = signal_rank_1(signal.SIGSTOP), time.monotonic()
+    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 1.5 seconds: it is stopped"):
         open_ranks(2)
+    assert time.monotonic() - begin < 20
     assert_gone([process.pid for process in started])
+
+
+@pytest.fixture
+def fail_rank_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Opened, str, str], None]:
+    """fail_rank_1(opened, moment, way): rank 1 of a model in `tmp_path` fails, as `benchmarks/faulty_rank.py` says."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    faulty_rank = importlib.import_module("faulty_rank")
+    monkeypatch.setattr(processes, "RANK_PROCESS", faulty_rank.__name__)
+    faulty_rank.prepare(tmp_path, "", "")
+
+    def fail(several: Opened, moment: str, way: str) -> None:
+        faulty_rank.prepare(tmp_path, moment, way)
+        faulty_rank.arm(tmp_path, several.pids[0])
+
+    return fail
+
+
+def test_a_rank_that_goes_round_in_circles_is_killed(
+    open_ranks: Callable[..., Opened], tmp_path: Path, fail_rank_1: Callable[[Opened, str, str], None]
+) -> None:
+    """It gives signs of life, but rank 0 waits for it."""
+    several = open_ranks(2, Path(shutil.copy(loader.STORY_MODEL, tmp_path)))
+    several.model.generate("Once", params=GREEDY)
+    fail_rank_1(several, "decode of 1 5", "loop")
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"rank 1 has made no progress for 1.[5-9] seconds, and rank 0 waits for it"):
+        several.model.generate("Once", params=GREEDY)
+    assert time.monotonic() - started < LIMIT_S + 0.5
+    assert_gone(several.pids)
+
+
+def test_a_consequence_on_rank_0_is_not_taken_for_the_cause(open_ranks: Callable[..., Opened]) -> None:
+    """As where a GPU cannot reach the memory of a rank that is gone."""
+    several = open_ranks(2)
+
+    def connect() -> None:
+        with several.backend.group.together():
+            os.kill(several.pids[0], signal.SIGKILL)
+            raise DeviceError("cuda:0 does not reach the memory of rank 1")
+
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        connect()
+
+
+def test_all_ranks_are_waited_for(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2)
+    backend, (pid,) = several.backend, several.pids
+    os.kill(pid, signal.SIGSTOP)
+    continued: list[float] = []
+    thread = kill_soon(pid, signal.SIGCONT, continued, 0.5)
+    backend.synchronize()
+    assert continued
+    thread.join()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        backend.synchronize()
 
 
 def test_an_error_of_a_rank_is_told(open_ranks: Callable[..., Opened]) -> None:
@@ -364,7 +441,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         backend.group.command(Kind.RUN, 0, 1, 1, Until.END, data={})  # without rank 0: rank 1 waits in a kernel
         time.sleep(0.5)
-        assert backend.group.memory.done[1, 0] < backend.group._sent
+        assert backend.group.memory.done[1, 0] < backend.group._task.number
     print(json.dumps([process.pid for process in backend.group.processes]), flush=True)
     os._exit(0)
 """
