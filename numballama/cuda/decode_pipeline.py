@@ -72,10 +72,10 @@ class Mailbox:
         words, tag = self._words[number % N_RUNS, :rows], number & 0x7FFFFFFF
         if not self._arrived(words, tag):
             self._poll(words, tag, number)
-        return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+        return words.astype(np.int32)  # the lower halves
 
     def _poll(self, words: NDArray[np.int64], tag: int, number: int) -> None:
-        """Return when all words have the tag. Another thread that wants the GIL gets it between two polls.
+        """Return when all words are there. Another thread that wants the GIL gets it between two polls.
 
         Without a pause a server's HTTP thread would get it after the interpreter's switch interval, 5 ms, only. A
         compiled loop would release it as well, but to load one imports Numba.
@@ -105,7 +105,7 @@ class Mailbox:
     def _arrived(words: NDArray[np.int64], tag: int) -> bool:
         if int(words[0]) >> 32 & 0x7FFFFFFF != tag:
             return False
-        return len(words) == 1 or bool(((words >> 32 & 0x7FFFFFFF) == tag).all())
+        return len(words) == 1 or int(np.count_nonzero(words >> 32 & 0x7FFFFFFF == tag)) == len(words)
 
 
 class _Logprobs:

@@ -294,13 +294,15 @@ class Decoder:
 
     def push_all(self, tokens: Sequence[int]) -> list[str]:
         """The text that each of several tokens completes, as `push` returns it."""
-        if self._strip is Strip.NONE and not self._shown and not self._utf8.getstate()[0]:
-            whole = self._tokenizer.whole
-            try:
-                return [whole[token] for token in tokens]
-            except KeyError:
-                self._learn(tokens)
-        return [self.push(token) for token in tokens]
+        texts: list[str] = []
+        while len(texts) < len(tokens) and (self._strip is not Strip.NONE or self._shown or self._utf8.getstate()[0]):
+            texts.append(self.push(tokens[len(texts)]))
+        rest, whole = tokens[len(texts) :], self._tokenizer.whole
+        try:
+            return texts + [whole[token] for token in rest]
+        except KeyError:
+            self._learn(rest)
+        return texts + [self.push(token) for token in rest]
 
     def _learn(self, tokens: Sequence[int]) -> None:
         """Keep the texts of those of the tokens that are whole characters."""

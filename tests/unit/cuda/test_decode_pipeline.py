@@ -262,6 +262,14 @@ def test_a_wait_sleeps_where_other_threads_are(
         assert slept[:7] == [0] * 7 and 0 < slept[8] < slept[-1] <= LONGEST_SLEEP_S
 
 
+def test_numbers_of_many_runs(mailbox: Mailbox) -> None:
+    """A word has 32 bits of its run's number, and the sign is one of them."""
+    number = (1 << 33) - 3
+    word = np.array([number << 32 & (1 << 64) - 1 | 6], np.uint64).view(np.int64)
+    mailbox._words[number % N_RUNS, :1] = word
+    assert word[0] < 0 and mailbox.wait(number, 1).tolist() == [6]
+
+
 def test_ctrl_c_ends_a_wait(mailbox: Mailbox) -> None:
     worker = threading.Timer(0.03, _thread.interrupt_main)
     worker.start()
