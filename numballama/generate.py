@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 from .engine.engine import Engine
-from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
+from .engine.request import FinishReason, PlainToken, Request, Response, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
 from .errors import Error
 from .sampling import SamplingParams
@@ -72,6 +72,26 @@ class ResponseStream(Generator[GenerationResponse, None, None]):
         display_stream(self, self._prompt)
 
 
+@dataclass(slots=True)
+class TextPart:
+    """Several tokens of one text in a row, in place of a `GenerationResponse` for each."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    """What each token adds to the text."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """As in `GenerationResponse`, of the last token."""
+
+    def add(self, response: GenerationResponse) -> None:
+        self.texts.append(response.text)
+        self.tokens.append(response.token)
+        self.logprobs.append(response.logprobs)
+        self.finish_reason, self.stop_reason = response.finish_reason, response.stop_reason
+
+
 class TextStream:
     """Makes a `GenerationResponse` of each token of one sequence. A stop string ends it."""
 
@@ -80,7 +100,7 @@ class TextStream:
         self._started, self._count = 0.0, 0
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
-        now = time.perf_counter()
+        now = event.time or time.perf_counter()
         self._started = self._started or now
         stops, text, finish_reason, stop_reason = self._stops, "", event.finish_reason, event.stop_reason
         if finish_reason != "stop" or stop_reason is None:  # a stop token adds nothing, the last one of a grammar does
@@ -90,12 +110,17 @@ class TextStream:
         if finish_reason is not None and stops.found is None:
             text += stops.push(self._decoder.flush())
             text += stops.flush()
-        speed = self._count / (now - self._started) if self._count else 0.0
+        elapsed = now - self._started
+        speed = self._count / elapsed if elapsed > 0 else 0.0  # tokens that a grammar forces come together
         self._count += 1
         return GenerationResponse(
             text, event.token, finish_reason, stop_reason, event.logprobs, event.prompt_tokens, event.cached_tokens,
             speed, event.index,
         )  # fmt: skip
+
+    def texts(self, tokens: Sequence[int]) -> list[str]:
+        """What each of several tokens adds to a text that goes on, and for which there are no stop strings."""
+        return self._decoder.push_all(tokens)
 
 
 class TextStreams:
@@ -106,6 +131,37 @@ class TextStreams:
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
         return self._streams[event.index](event)
+
+    def texts(self, index: int, tokens: Sequence[int]) -> list[str]:
+        """As `TextStream.texts`."""
+        return self._streams[index].texts(tokens)
+
+
+def text_parts(request: Request[GenerationResponse], found: Sequence[Response | PlainToken]) -> list[TextPart]:
+    """What `request.unread` has yielded, as a part for each text. It costs less than a response for each token."""
+    streams, parts = request.read, dict[int, TextPart]()
+    plain: dict[int, list[int]] = {}
+
+    def add_plain(index: int, tokens: list[int]) -> None:
+        assert isinstance(streams, TextStreams)
+        part = parts.setdefault(index, TextPart(index))
+        part.texts += streams.texts(index, tokens)
+        part.tokens += tokens
+        part.logprobs += [None] * len(tokens)
+
+    for each in found:
+        if type(each) is tuple:
+            plain.setdefault(each[1], []).append(each[0])
+            continue
+        assert isinstance(each, TokenEvent | GenerationResponse)
+        if each.index in plain:
+            add_plain(each.index, plain.pop(each.index))
+        response = streams(each) if isinstance(each, TokenEvent) and isinstance(streams, TextStreams) else each
+        assert isinstance(response, GenerationResponse)
+        parts.setdefault(each.index, TextPart(each.index)).add(response)
+    for index, tokens in plain.items():
+        add_plain(index, tokens)
+    return list(parts.values())
 
 
 def prompts_with_params(

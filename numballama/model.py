@@ -390,14 +390,14 @@ class Model:
         tokenizer = self.require_tokenizer()
         strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
         streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
-        stop_token_ids = frozenset(settings.stop_token_ids)
-        if not settings.ignore_eos:
-            stop_token_ids |= self._checkpoint.end_ids
-        vocab_size = self.config.vocab_size
-        constraint = compile_constraint(settings, tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
+        ends = frozenset() if settings.ignore_eos else self._checkpoint.end_ids
+        stop_token_ids = ends.union(settings.stop_token_ids)
+        size = self.config.vocab_size
+        constraint = compile_constraint(settings, tokenizer, vocab_size=size, stop_token_ids=stop_token_ids)
         return self.token_engine.submit(
-            ids, settings, stop_token_ids=stop_token_ids, process=streams, constraint=constraint, **how
-        )
+            ids, settings, stop_token_ids=stop_token_ids, process=streams, when_read=not settings.stop,
+            constraint=constraint, **how,
+        )  # fmt: skip
 
     def submit(
         self,

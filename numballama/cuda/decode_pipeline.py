@@ -13,6 +13,7 @@ in its lower half, to the words of n mod `N_RUNS`, and the host polls these.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,13 @@ N_RUNS = 8
 """Number of runs that have words in the mailbox; a power of two above `LOOKAHEAD` + 1."""
 MAX_ROWS = 1024
 """Rows of a run at most: the threads of a block."""
-POLL_LIMIT = 2000
-"""Polls, some µs each, before the host asks whether the device still works."""
+SPIN_S = 1e-4
+"""Seconds for which a wait only polls. Then it sleeps between polls where other threads may want to run."""
+SLEEP_PART, LONGEST_SLEEP_S = 1 / 16, 2e-4
+"""A sleep is this part of the wait so far, and not longer than that. Linux adds some 60 µs to each. `LOOKAHEAD` more
+runs are queued, so a token that is seen late does not delay the next one."""
+CHECK_S = 0.01
+"""Seconds after which the host asks whether the device still works."""
 
 
 class Mailbox:
@@ -64,15 +70,30 @@ class Mailbox:
     def wait(self, number: int, rows: int) -> NDArray[np.int32]:
         """The tokens of run `number`, once they are there. Raises `DeviceError` if the device stops without them."""
         words, tag = self._words[number % N_RUNS, :rows], number & 0x7FFFFFFF
-        polls = 0
+        if not self._arrived(words, tag):
+            self._poll(words, tag, number)
+        return words.astype(np.int32)  # the lower halves
+
+    def _poll(self, words: NDArray[np.int64], tag: int, number: int) -> None:
+        """Return when all words are there. Another thread that wants the GIL gets it between two polls.
+
+        Without a pause a server's HTTP thread would get it after the interpreter's switch interval, 5 ms, only. A
+        compiled loop would release it as well, but to load one imports Numba.
+        """
+        is_alone = threading.active_count() == 1
+        started = time.perf_counter()
+        check_at = started + CHECK_S
         while not self._arrived(words, tag):
-            polls += 1
-            if polls % POLL_LIMIT == 0:
+            now = time.perf_counter()
+            if now >= check_at:
                 idle = not self._device.busy  # asked before the words are read again: they may arrive in between
                 if idle and not self._arrived(words, tag):
                     raise DeviceError(f"{self._device}: the stream is idle, but run {number} gave no tokens")
+                check_at = now + CHECK_S
                 time.sleep(0)
-        return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+            if not is_alone:
+                waited = now - started
+                time.sleep(0 if waited < SPIN_S else min(waited * SLEEP_PART, LONGEST_SLEEP_S))
 
     def resume(self) -> None:
         """Count on from the device's number of runs. The stream must be idle."""
@@ -82,9 +103,9 @@ class Mailbox:
 
     @staticmethod
     def _arrived(words: NDArray[np.int64], tag: int) -> bool:
-        if len(words) == 1:
-            return int(words[0]) >> 32 & 0x7FFFFFFF == tag
-        return bool(((words >> 32 & 0x7FFFFFFF) == tag).all())
+        if int(words[0]) >> 32 & 0x7FFFFFFF != tag:
+            return False
+        return len(words) == 1 or int(np.count_nonzero(words >> 32 & 0x7FFFFFFF == tag)) == len(words)
 
 
 class _Logprobs:

@@ -17,7 +17,7 @@ from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
 from .scheduler import Run, Scheduler
-from .sequence import Constraint, Sequence, Status, make_sequences
+from .sequence import Constraint, Sequence, Status, make_sequences, owner
 from .stats import EngineStats, Rates
 
 
@@ -53,7 +53,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._numbers = itertools.count()
         self._submitted = self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._rates, self._last_step = Rates(), time.monotonic()
+        self._rates, self._last_step, self._now = Rates(), time.monotonic(), 0.0
         self._driver = Driver(self._step, self._has_work, self._fail, "numballama engine")
 
     @overload
@@ -68,7 +68,7 @@ class Engine:
         self, prompt: Iterable[int], params: SamplingParams | None = ..., *, priority: int = ...,
         request_id: str | None = ..., reuse_prefix: bool = ..., salt: str | None = ...,
         stop_token_ids: Iterable[int] = ..., process: Callable[[TokenEvent], R | None],
-        constraint: Callable[[], Constraint] | None = ...,
+        when_read: bool = ..., constraint: Callable[[], Constraint] | None = ...,
     ) -> Request[R]: ...  # fmt: skip
 
     def submit(
@@ -82,6 +82,7 @@ class Engine:
         salt: str | None = None,
         stop_token_ids: Iterable[int] = (),
         process: Callable[[TokenEvent], Response | None] | None = None,
+        when_read: bool = False,
         constraint: Callable[[], Constraint] | None = None,
     ) -> Request[TokenEvent] | Request[R]:
         """Queue a prompt and return the request to read its tokens from. Keep it: without a reference it is cancelled.
@@ -94,8 +95,9 @@ class Engine:
         `process` is called with each token, in the thread that steps the engine, and returns what the request yields:
         anything with a `finish_reason`, which ends the sequence if it is not None; or None, which yields nothing. What
         it raises ends this request and is raised where it is read. It may submit and cancel, and must not wait for
-        responses. `constraint` makes the object that restricts the tokens of one sequence. It is not asked about stop
-        tokens. When it says that the text is complete, the sequence ends with "stop".
+        responses. With `when_read` the reader calls it, for what is read; its responses end nothing. `constraint` makes
+        the object that restricts the tokens of one sequence. It is not asked about stop tokens. When it says that the
+        text is complete, the sequence ends with "stop".
 
         Raises `ContextError` for a prompt that can never fit, `Error` for an invalid one, for an id in use, and when
         the engine is closed, `DeviceError` in a forked child, and the device's error after it has failed.
@@ -104,7 +106,7 @@ class Engine:
         settings = DEFAULTS if params is None else params
         ids = self.validate(prompt)
         number = next(self._numbers)
-        state = RequestState(f"request-{number}" if request_id is None else request_id, process)
+        state = RequestState(f"request-{number}" if request_id is None else request_id, process, when_read)
         room = self.capacity - len(ids) + 1
         most = room if settings.max_tokens is None else min(settings.max_tokens, room)
         state.context_bound = settings.max_tokens is None or room < settings.max_tokens
@@ -301,7 +303,7 @@ class Engine:
             except DeviceError:
                 raise
             except Error as error:  # its rows are in this run all the same, and nobody reads what they sample
-                self._end(_state(sequence), error)
+                self._end(owner(sequence), error)
                 continue
             self._set_mask(sequence)
         for slot, first, pages in run.tables:
@@ -316,7 +318,7 @@ class Engine:
             try:
                 self.runner.set_mask(sequence.slot, sequence.constraint.mask())
             except Exception as error:
-                self._end(_state(sequence), error)
+                self._end(owner(sequence), error)
 
     def _collect(self) -> None:
         """Wait for the oldest run and hand its tokens out."""
@@ -332,13 +334,13 @@ class Engine:
 
     def _hand_out(self, run: Run, sampled: Sampled) -> None:
         """Add the tokens of a run to their sequences, and what is made of them to their requests."""
-        tokens = sampled.tokens.tolist()
+        tokens, self._now = sampled.tokens.tolist(), time.perf_counter()
         advances: list[Advance] = []
         try:
             for row, sequence in enumerate(run.sampled):
                 if sequence.status is Status.FINISHED:
                     continue
-                token, state = tokens[row], _state(sequence)
+                token, state = tokens[row], owner(sequence)
                 self._handling = state
                 if token < 0:
                     self._end(state, Error(NOT_NUMBERS))
@@ -364,7 +366,7 @@ class Engine:
             sequence.advancing = False
             if sequence.status is Status.FINISHED:
                 continue
-            state = self._handling = _state(sequence)
+            state = self._handling = owner(sequence)
             if isinstance(result, Exception):
                 self._end(state, result)
                 continue
@@ -378,6 +380,7 @@ class Engine:
 
     def _deliver_advanced(self, sequence: Sequence, state: RequestState, advance: Advance) -> None:
         """Deliver the sampled token and those that its constraint forces after it. The last one may end the text."""
+        self._now = time.perf_counter()
         for number, token in enumerate((advance.token, *advance.forced)):
             if number:
                 sequence.ids.append(token)
@@ -399,8 +402,12 @@ class Engine:
         self._generated_tokens += 1
         if reason is None and len(sequence.ids) > sequence.end:
             reason, stop = "length", "context" if state.context_bound else None
+        if reason is None and logprobs is None and state.process is None:
+            state.events.append((token, sequence.index, self._now))
+            self._touched.append(state)
+            return
         counts = sequence.prompt_tokens, sequence.cached_tokens
-        event = TokenEvent(token, sequence.index, reason, stop, logprobs, *counts)
+        event = TokenEvent(token, sequence.index, reason, stop, logprobs, *counts, self._now)
         try:
             response: Response | None = event if state.process is None else state.process(event)
         except Exception as error:
@@ -491,9 +498,3 @@ class Engine:
             else:
                 kept += [each for each in state.sequences if each.status is not Status.FINISHED]
         self.scheduler.reset(kept)
-
-
-def _state(sequence: Sequence) -> RequestState:
-    state = sequence.request
-    assert state is not None
-    return state

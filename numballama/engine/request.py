@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from ..errors import ContextError, Error
 from ..sampling import Sampled
@@ -77,6 +77,12 @@ class TokenEvent:
     prompt_tokens: int
     cached_tokens: int
     """Tokens of the prompt that were in the KV cache already."""
+    time: float = 0.0
+    """When it was handed out, on the clock of `time.perf_counter`."""
+
+
+PlainToken = tuple[int, int, float]
+"""(token, index, time) of a `TokenEvent` that says nothing else: most are made when they are read, if at all."""
 
 
 class Response(Protocol):
@@ -94,10 +100,19 @@ class RequestState:
     """What the engine knows about a request. The engine refers to it, and not to the caller's `Request`."""
 
     __slots__ = ("cancelled", "context_bound", "done", "error", "events", "id", "live", "logprobs", "process",
-                 "sequences", "waiter")  # fmt: skip
+                 "read", "sequences", "waiter")  # fmt: skip
 
-    def __init__(self, request_id: str, process: Callable[[TokenEvent], Response | None] | None) -> None:
-        self.id, self.process = request_id, process
+    def __init__(
+        self,
+        request_id: str,
+        process: Callable[[TokenEvent], Response | None] | None,
+        when_read: bool = False,
+    ) -> None:
+        self.id = request_id
+        self.process = None if when_read else process
+        """What makes a response of a token in the thread that steps."""
+        self.read = process if when_read else None
+        """What does so in the reader's."""
         self.sequences: list[Sequence] = []
         self.live = 0
         """Sequences that have not ended."""
@@ -105,8 +120,8 @@ class RequestState:
         """Whether its events have log probabilities."""
         self.context_bound = False
         """Whether the context ends a sequence before `max_tokens` does."""
-        self.events: deque[Response] = deque()
-        """Responses that have not been read."""
+        self.events: deque[Response | PlainToken] = deque()
+        """Responses that have not been read: what `process` returned, or what `read` will be called with."""
         self.cancelled = False
         self.done = False
         """Whether no further response comes. Set after the last one has been appended."""
@@ -119,6 +134,12 @@ class RequestState:
     def ready(self) -> bool:
         """Whether its reader need not wait."""
         return bool(self.events) or self.done or self.cancelled
+
+    def event(self, plain: PlainToken) -> TokenEvent:
+        """The event of a plain token."""
+        token, index, time = plain
+        sequence = self.sequences[index]
+        return TokenEvent(token, index, None, None, None, sequence.prompt_tokens, sequence.cached_tokens, time)
 
 
 class Waiting(Protocol):
@@ -182,12 +203,24 @@ class Request(Generic[R]):
             raise state.error
         return True
 
+    @property
+    def read(self) -> Callable[[TokenEvent], Response | None] | None:
+        """What makes the responses of what `unread` yields; None if these are responses."""
+        return self._state.read
+
+    def _made(self, found: Response | PlainToken) -> R:
+        """The response of what the engine has appended."""
+        state = self._state
+        if type(found) is tuple:
+            found = state.event(found)
+        return found if state.read is None else state.read(found)  # type: ignore[return-value,arg-type]
+
     def __iter__(self) -> Generator[R, None, None]:
         state = self._state
         try:
             while not self._is_read():
                 if state.events:
-                    yield state.events.popleft()  # type: ignore[misc]
+                    yield self._made(state.events.popleft())
                 else:
                     self._engine.wait(state)
         finally:
@@ -198,25 +231,34 @@ class Request(Generic[R]):
         try:
             while not self._is_read():
                 if state.events:
-                    yield state.events.popleft()  # type: ignore[misc]
+                    yield self._made(state.events.popleft())
                 else:
                     await self._engine.wait_async(state)
         finally:
             self.cancel()
 
-    async def batches(self) -> AsyncIterator[list[R]]:
+    def batches(self) -> AsyncGenerator[list[R], None]:
         """Like `async for`, but yields all responses that are there at a time, at least one.
 
         A reader that is slower than the engine then catches up.
         """
+        return self._batches(lambda found: [self._made(each) for each in found])
+
+    def unread(self) -> AsyncGenerator[list[Response | PlainToken], None]:
+        """Like `batches`, for a reader that makes something else of what `read` would be called with."""
+        return self._batches(lambda found: found)
+
+    async def _batches(
+        self, make: Callable[[list[Response | PlainToken]], list[Any]]
+    ) -> AsyncGenerator[list[Any], None]:
         state = self._state
         try:
             while not self._is_read():
                 if state.events:
-                    found: list[R] = []
+                    found: list[Response | PlainToken] = []
                     while state.events:
-                        found.append(state.events.popleft())  # type: ignore[arg-type]
-                    yield found
+                        found.append(state.events.popleft())
+                    yield make(found)
                 else:
                     await self._engine.wait_async(state)
         finally:

@@ -141,6 +141,13 @@ class Sequence:
         return f"<Sequence {self.order} {self.status.value}: {counts}>"
 
 
+def owner(sequence: Sequence) -> RequestState:
+    """The request of a sequence that has one, as all of an engine's."""
+    state = sequence.request
+    assert state is not None
+    return state
+
+
 def make_sequences(
     prompt: TokenIds[int],
     params: SamplingParams,

@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.request import FinishReason, Request, TokenLogprobs
-from ..generate import GenerationResponse
+from ..engine.request import FinishReason, PlainToken, Request, Response, TokenLogprobs
+from ..generate import GenerationResponse, text_parts
 from ..sampling import MAX_N, SamplingParams
 from ..structured.constraint import GrammarError
 from .errors import ApiError, engine_failed, failed, refused
@@ -19,7 +19,7 @@ SHORT_PROMPTS = 4096
 them, and holds its lock for a few instructions only."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
     """What became known of one text at a time: one token, or several when the reader was slower than the engine."""
 
@@ -37,7 +37,7 @@ class Piece:
     """As in `GenerationResponse`."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Choice:
     """Times and counts of one text."""
 
@@ -175,7 +175,7 @@ class Generation:
         """
         try:
             if len(self._requests) == 1:
-                async for responses in self._requests[0].batches():
+                async for responses in self._requests[0].unread():
                     yield self._join(0, responses)
                     if not self.all_ended:
                         await self._service.pause()
@@ -200,13 +200,13 @@ class Generation:
                 self._service.metrics.aborted.inc()
             self.cancel()
 
-    async def _merged(self) -> AsyncGenerator[tuple[int, list[GenerationResponse]], None]:
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[Response | PlainToken]], None]:
         """(prompt, responses) of all requests in the order in which they come."""
-        found: asyncio.Queue[tuple[int, list[GenerationResponse] | BaseException | None]] = asyncio.Queue()
+        found: asyncio.Queue[tuple[int, list[Response | PlainToken] | BaseException | None]] = asyncio.Queue()
 
         async def read(number: int) -> None:
             try:
-                async for responses in self._requests[number].batches():
+                async for responses in self._requests[number].unread():
                     found.put_nowait((number, responses))
                 found.put_nowait((number, None))
             except Exception as error:
@@ -228,39 +228,27 @@ class Generation:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    def _join(self, number: int, responses: list[GenerationResponse]) -> list[Piece]:
-        """One piece for each text of a prompt, of these responses."""
+    def _join(self, number: int, found: list[Response | PlainToken]) -> list[Piece]:
+        """One piece for each text of a prompt, of what was read."""
         now = time.monotonic()
         if number not in self._begun:
-            self._begin(number, responses[0], now)
-        if self._n == 1:
-            last = responses[-1]
-            texts = [response.text for response in responses]
-            tokens, logprobs = [each.token for each in responses], [each.logprobs for each in responses]
-            only = Piece(number, "".join(texts), texts, tokens, logprobs, last.finish_reason, last.stop_reason)
-            self._count(only, now)
-            return [only]
-        pieces: dict[int, Piece] = {}
-        for response in responses:
-            choice = number * self._n + response.index
-            piece = pieces.get(choice)
-            if piece is None:
-                piece = pieces[choice] = Piece(choice)
-            piece.text += response.text
-            piece.texts.append(response.text)
-            piece.tokens.append(response.token)
-            piece.logprobs.append(response.logprobs)
-            if response.finish_reason is not None:
-                piece.finish_reason, piece.stop_reason = response.finish_reason, response.stop_reason
-        for piece in pieces.values():
+            self._begin(number, now)
+        pieces = [
+            Piece(
+                number * self._n + part.index, "".join(part.texts), part.texts, part.tokens, part.logprobs,
+                part.finish_reason, part.stop_reason,
+            )
+            for part in text_parts(self._requests[number], found)
+        ]  # fmt: skip
+        for piece in pieces:
             self._count(piece, now)
-        return list(pieces.values())
+        return pieces
 
-    def _begin(self, number: int, response: GenerationResponse, now: float) -> None:
+    def _begin(self, number: int, now: float) -> None:
         """The first token of a prompt has come: its prompt no longer waits in the queue."""
         metrics, request = self._service.metrics, self._requests[number]
         self._begun.add(number)
-        self._cached[number] = response.cached_tokens
+        self._cached[number] = request.cached_tokens
         if self._ticket is not None:
             self._ticket.begun(self._lengths[number])
         metrics.prompt_tokens.observe(self._lengths[number])

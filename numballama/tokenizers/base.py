@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import operator
 import re
 from abc import ABC, abstractmethod
@@ -97,6 +98,8 @@ class Tokenizer(ABC):
         self._limit = vocab_size
         self._strip = strip
         self._entries: dict[int, tuple[TokenKind, bytes]] = {}
+        self.whole: dict[int, str] = {}
+        """Texts of tokens that are whole characters, as far as decoders have met them."""
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """`text` → ids. With `bos`, adds BOS and EOS where the vocabulary asks for them (`add_bos`, `add_eos`).
@@ -288,6 +291,24 @@ class Decoder:
         elif data:
             self._strip = Strip.NONE
         return self._utf8.decode(data, True)  # True: other tokens end an unfinished character
+
+    def push_all(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each of several tokens completes, as `push` returns it."""
+        texts: list[str] = []
+        while len(texts) < len(tokens) and (self._strip is not Strip.NONE or self._shown or self._utf8.getstate()[0]):
+            texts.append(self.push(tokens[len(texts)]))
+        rest, whole = tokens[len(texts) :], self._tokenizer.whole
+        try:
+            return texts + [whole[token] for token in rest]
+        except KeyError:
+            self._learn(rest)
+        return texts + [self.push(token) for token in rest]
+
+    def _learn(self, tokens: Sequence[int]) -> None:
+        """Keep the texts of those of the tokens that are whole characters."""
+        for token in tokens:
+            with contextlib.suppress(UnicodeDecodeError):
+                self._tokenizer.whole[token] = self._tokenizer.entry(token)[1].decode()
 
     def hidden(self, token: SupportsIndex) -> str:
         """What a control token is called ("<|im_end|>"), which is no part of the text; "" for other tokens."""

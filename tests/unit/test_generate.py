@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import signal
 import struct
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +26,8 @@ from numballama import (
     Model,
     SamplingParams,
 )
-from numballama.engine.request import TokenEvent, TokenLogprobs
-from numballama.generate import StopStringFilter, TextStream, TextStreams
+from numballama.engine.request import Request, RequestState, TokenEvent, TokenLogprobs
+from numballama.generate import StopStringFilter, TextPart, TextStream, TextStreams, text_parts
 from numballama.sampling import Sampled
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
@@ -315,6 +317,51 @@ def test_sequences_of_a_request_do_not_share_held_text(tiny_tokenizer: Path, tur
             assert (response.stop_reason == stop) == (response.finish_reason == "stop")
     assert all(ended)
     assert shown == [text.partition(stop)[0] if stop else text for text in texts]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), min_size=1, max_size=4),
+    st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([(), (1, 2)]),
+)
+def test_parts_of_texts_are_what_each_token_adds(
+    tiny_tokenizer: Path, texts: list[list[int]], sizes: list[int], strip: bool, shown: tuple[int, ...]
+) -> None:
+    """However many tokens are read at a time, whatever they are: those of control, of bytes, of whole words."""
+    tokenizer = load(tiny_tokenizer)
+    streams, each = (TextStreams(lambda: tokenizer.decoder(strip, shown), (), len(texts)) for _ in range(2))
+    state = RequestState("a", streams, when_read=True)
+    request: Request[GenerationResponse] = Request(SimpleNamespace(cancel_state=lambda state: None), state)  # type: ignore[arg-type]
+    found: list[Any] = []
+    want = [TextPart(index) for index in range(len(texts))]
+    for place in range(max(map(len, texts))):
+        for index, tokens in enumerate(texts):
+            if place < len(tokens):
+                last = "length" if place == len(tokens) - 1 else None
+                found.append(event(tokens[place], index, finish_reason=last) if last else (tokens[place], index, 1.0))
+                want[index].add(each(event(tokens[place], index, finish_reason=last)))
+    got = [TextPart(index) for index in range(len(texts))]
+    for size in itertools.cycle(sizes):
+        taken, found = found[:size], found[size:]
+        for part in text_parts(request, taken):
+            whole = got[part.index]
+            whole.texts += part.texts
+            whole.tokens += part.tokens
+            whole.logprobs += part.logprobs
+            whole.finish_reason = part.finish_reason
+        if not found:
+            break
+    assert got == want
+
+
+def test_speed_counts_from_when_tokens_came(model: Model) -> None:
+    """Not from when they are read."""
+    assert model.tokenizer is not None
+    stream = TextStream(model.tokenizer.decoder(), ())
+    times = [100.0, 100.0, 100.25, 100.75]
+    speeds = [stream(event(FIRST_BYTE + 97, time=each)).tokens_per_second for each in times]
+    assert speeds == [0, 0, 8, 4]
 
 
 # One model, many users

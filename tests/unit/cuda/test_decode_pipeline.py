@@ -6,7 +6,12 @@ kernels do.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
+import statistics
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +25,7 @@ if reason := missing_packages():
 
 from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
-from numballama.cuda.decode_pipeline import LOOKAHEAD, MAX_ROWS, N_RUNS
+from numballama.cuda.decode_pipeline import LONGEST_SLEEP_S, LOOKAHEAD, MAX_ROWS, N_RUNS, SPIN_S, Mailbox
 from numballama.cuda.program import CudaProgram
 from numballama.errors import DeviceError, Error
 from numballama.graph import KVLayout
@@ -188,6 +193,89 @@ def test_a_device_that_stops_is_noticed(kernels: FakeKernels, table: SamplerTabl
     ticket = submit(kernels.programs[0], table, [1], [0])
     with pytest.raises(DeviceError, match=f"the stream is idle, but run {ticket} gave no tokens"):
         collect(kernels.programs[0], ticket)
+
+
+@pytest.fixture
+def mailbox(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> Mailbox:
+    """That of a device which is at work for 20 s, and publishes nothing by itself."""
+    found: Mailbox = kernels.programs[0].backend.mailbox
+    end = time.monotonic() + 20
+    monkeypatch.setattr(type(found._device), "busy", property(lambda device: time.monotonic() < end))
+    return found
+
+
+def publish(mailbox: Mailbox, number: int, tokens: Sequence[int]) -> None:
+    mailbox._words[number % N_RUNS, : len(tokens)] = [number << 32 | token & 0xFFFFFFFF for token in tokens]
+
+
+def test_other_threads_run_while_a_token_is_awaited(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that wants the interpreter gets it between two polls, whatever the switch interval is."""
+    polls, between = 0, list[int]()
+    arrived = Mailbox._arrived
+
+    def counted(words: Any, tag: int) -> bool:
+        nonlocal polls
+        polls += 1
+        return arrived(words, tag)
+
+    def work() -> None:
+        for _ in range(40):
+            before = polls
+            time.sleep(0)  # gives the interpreter away and wants it back
+            between.append(polls - before)
+        publish(mailbox, 9, [5, -1, 7])
+
+    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(counted))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(20)
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        tokens = mailbox.wait(9, 3)
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert tokens.tolist() == [5, -1, 7] and tokens.dtype == np.int32
+    assert polls > 2 and statistics.median(between) <= 2
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_wait_sleeps_where_other_threads_are(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """At first it only polls; a lone thread never sleeps."""
+    clock, slept = [0.0], list[float]()
+
+    def now() -> float:
+        clock[0] += SPIN_S / 8
+        if clock[0] > 40 * SPIN_S:
+            publish(mailbox, 3, [1])
+        return clock[0]
+
+    monkeypatch.setattr("numballama.cuda.decode_pipeline.time.perf_counter", now)
+    monkeypatch.setattr("numballama.cuda.decode_pipeline.time.sleep", slept.append)
+    monkeypatch.setattr("numballama.cuda.decode_pipeline.threading.active_count", lambda: 1 if is_alone else 2)
+    assert mailbox.wait(3, 1).tolist() == [1]
+    if is_alone:
+        assert not slept
+    else:
+        assert slept[:7] == [0] * 7 and 0 < slept[8] < slept[-1] <= LONGEST_SLEEP_S
+
+
+def test_numbers_of_many_runs(mailbox: Mailbox) -> None:
+    """A word has 32 bits of its run's number, and the sign is one of them."""
+    number = (1 << 33) - 3
+    word = np.array([number << 32 & (1 << 64) - 1 | 6], np.uint64).view(np.int64)
+    mailbox._words[number % N_RUNS, :1] = word
+    assert word[0] < 0 and mailbox.wait(number, 1).tolist() == [6]
+
+
+def test_ctrl_c_ends_a_wait(mailbox: Mailbox) -> None:
+    worker = threading.Timer(0.03, _thread.interrupt_main)
+    worker.start()
+    with pytest.raises(KeyboardInterrupt):
+        mailbox.wait(1, 2)
+    worker.join()
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (4, 1), (2, 3), (1, 0)])

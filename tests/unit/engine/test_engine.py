@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import time
 import weakref
 from types import FrameType
 from typing import Any
@@ -140,6 +142,32 @@ def test_what_process_returns_is_yielded_and_may_end_the_text(lookahead: int) ->
     assert texts == [f"<{token}>" for token in [each for each in alone(PROMPT, 40) if each % 2 == 0][:3]]
     settle(engine)
     assert engine.stats().pages_used == 0
+
+
+def test_what_is_processed_when_it_is_read(lookahead: int) -> None:
+    """By the reader, in order, and with all that the engine knows of the tokens; they know when they came."""
+
+    def process(event: TokenEvent) -> TokenEvent:
+        seen.append((threading.get_ident(), event.token))
+        return event
+
+    seen: list[tuple[int, int]] = []
+    engine, _ = make(lookahead=lookahead)
+    params = make_params(max_tokens=8, n=2)
+    with engine:
+        request = engine.submit(PROMPT, params, process=process, when_read=True)
+        plain = list(engine.submit(PROMPT, params))
+        while not request.finished:
+            time.sleep(0.001)
+        assert not seen
+        events = list(request)
+    assert seen == [(threading.get_ident(), event.token) for event in events]
+    for index in range(2):
+        own = [event for event in events if event.index == index]
+        assert [event.token for event in own] == tokens_of(plain, index)
+        assert [event.finish_reason for event in own] == [None] * 7 + ["length"]
+        assert {(event.prompt_tokens, event.logprobs) for event in own} == {(len(PROMPT), None)}
+        assert [event.time for event in own] == sorted({event.time for event in own})
 
 
 def test_an_exception_of_process_ends_its_request_only(lookahead: int) -> None:
