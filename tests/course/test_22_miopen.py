@@ -56,7 +56,7 @@ def test_2_stale_results() -> None:
 
 def test_3_which_fusions() -> None:
     def types(names: Sequence[str]) -> list[str]:
-        return ["i32" if name in ("positions", "sequences", "page_table") else "f32" for name in names]
+        return ["i32" if name in ("positions", "sequences", "page_table", "arrivals") else "f32" for name in names]
 
     found = {}
     for op in (kind for kind, rule in ir.RULES.items() if rule.shapes is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ if reason := missing_packages():
 
 from numballama.cuda import peers
 from numballama.cuda.kernels.params import TOKEN_ROWS
-from numballama.cuda.launch import Array, LaunchContext, Peers
-from numballama.cuda.ops import collectives
+from numballama.cuda.launch import Array, LaunchContext, Matrix, Peers
+from numballama.cuda.ops import collectives, linear
 from numballama.cuda.peers import PeerMemory
 
 SHARES = (range(0, 5), range(5, 9))
@@ -64,7 +65,10 @@ def test_what_a_rank_writes_is_in_the_memory_of_another() -> None:
         ctypes.c_uint32.from_address(int(addresses[1 - rank])).value = 40 + rank
     for rank, mine in enumerate(joined):
         words = numbers_at(mine.exchange, np.uint32)
-        assert words[0] == 41 - rank and not words[1:].any()
+        empty = np.zeros(words.nbytes, bool)
+        for begin, end in collectives.empty_parts(2, 64):
+            empty[begin:end] = True
+        assert words[0] == 41 - rank and (words[1:] == np.where(empty[4::4], 0xFFFFFFFF, 0)).all()
         assert mine.arrivals.address == mine.exchange.address + mine.exchange.nbytes
         assert not numbers_at(mine.arrivals, np.int32).any()
         tokens = mine.arrivals.nbytes + mine.exchange.nbytes + 16 * TOKEN_ROWS
@@ -118,6 +122,32 @@ def test_few_numbers_travel_as_words_and_many_with_flags(shape: tuple[int, int],
     assert ctx.peers is not None
     (launch,) = collectives.all_reduce(ctx, x, ctx.peers.exchange, ctx.peers.arrivals, x, rank=1)
     assert (launch.name, launch.grid) == (kernel, (blocks,))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "kernels"),
+    [
+        (1, 64, ["linear_all_reduce_kernel"]),
+        (7, 64, ["skinny_8_kernel", "skinny_sum_all_reduce_kernel"]),
+        (64, 64, ["wide_round_kernel", "wide_64_all_reduce_kernel"]),
+        (512, 64, ["round_kernel", "wgmma_128_kernel", "add_up_pieces_kernel"]),
+        (64, 1 << 14, ["wide_round_kernel", "wide_64_all_reduce_kernel"]),
+        (128, 1 << 14, ["wide_round_kernel", "wide_128_kernel", "all_reduce_flags_kernel"]),
+        (2048, 1024, ["round_kernel", "wgmma_128_kernel", "all_reduce_flags_kernel"]),
+    ],
+)
+def test_a_linear_step_adds_up_its_results_where_they_have_room(tokens: int, rows: int, kernels: list[str]) -> None:
+    """Room is for whole tiles of 2,048 tokens and, here, 64 columns."""
+    ctx = replace(context(1), wgmma=True, shared_limit=227 << 10)
+    assert ctx.peers is not None
+    weight = Matrix((rows, 256), array(rows, 256, dtype="f16"), 512, array(rows, 256, dtype="f16"))
+    operands = array(tokens, 256), weight, ctx.peers.exchange, ctx.peers.arrivals, array(tokens, rows), array(1 << 22)
+    assert [launch.name for launch in linear.linear_all_reduce(ctx, *operands, rank=1, half=1)] == kernels
+    places = set()
+    for half in (0, 1):
+        *_, last = linear.linear_all_reduce(ctx, *operands, rank=1, half=half)
+        places.add(last.arguments.get("inbox_at"))
+    assert places == {None} or places == {at for at, _ in collectives.empty_parts(2, 64)}
 
 
 def test_exchanges_that_do_not_fit_are_refused() -> None:
