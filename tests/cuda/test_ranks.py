@@ -77,10 +77,10 @@ def generated(model: Model, params: SamplingParams, count: int) -> list[list[int
 
 
 def check_alike(path: Path, bound: float, **options: Any) -> None:
-    """Logits of a long prompt, of a short one and of single tokens."""
+    """Logits of prompts, which the kernels for many, some and few tokens compute, and of single tokens."""
     ids = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 690).tolist()
     with compiled(path, 1, **options) as one, compiled(path, 2, **options) as two:
-        for some in (ids, ids[:5]):
+        for some in (ids, ids[:100], ids[:20], ids[:5]):
             close(two.logits(some), one.logits(some), f"{len(some)} tokens", bound)
         with one.exclusive() as alone, two.exclusive() as shared:
             for token in ids[:20]:
