@@ -29,27 +29,31 @@ from tests.cuda.emulator.program import Memory, Program, from_16, round_16
 
 __all__ = ["Memory", "Program", "from_16", "round_16", "run"]
 
+TOGETHER = 4096
+"""About how many threads execute an instruction together: blocks that are no cluster, a few at a time."""
+
 
 def run(
     program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any],
     shared_bytes: int = 0, cluster: int = 1,
 ) -> dict[str, int]:  # fmt: skip
-    """Run all blocks of a launch, one after the other; those of a cluster, which are neighbours along z, together.
+    """Run all blocks of a launch, some at a time; those of a cluster, which are neighbours along z, together.
 
     Returns how often each instruction was executed.
     """
     grid = (*grid, 1, 1)[:3]
     assert grid[2] % cluster == 0, "a grid has whole clusters"
     total: dict[str, int] = {}
-    for z in range(0, grid[2], cluster):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                blocks = [
-                    Block(program, memory, arguments, threads, (x, y, z + i), grid, shared_bytes)
-                    for i in range(cluster)
-                ]
-                Cluster(blocks).run()
-                for block in blocks:
-                    for name, count in block.executed.items():
-                        total[name] = total.get(name, 0) + count
+    places = [(x, y, z) for z in range(0, grid[2], cluster) for y in range(grid[1]) for x in range(grid[0])]
+    many = max(1, TOGETHER // threads) if program.is_plain and cluster == 1 else 1
+    for first in range(0, len(places), many):
+        of_each = [places[first : first + many]]
+        if cluster > 1:
+            ((x, y, z),) = of_each[0]
+            of_each = [[(x, y, z + i)] for i in range(cluster)]
+        blocks = [Block(program, memory, arguments, threads, each, grid, shared_bytes) for each in of_each]
+        Cluster(blocks).run()
+        for block in blocks:
+            for name, count in block.executed.items():
+                total[name] = total.get(name, 0) + count
     return total

@@ -103,6 +103,12 @@ class Program:
         self.statements: list[Statement] = []
         self.labels: dict[str, int] = {}
         self._read(body)
+        of_blocks, of_ranks = {"mbarrier", "barrier", "wgmma", "mapa"}, "sys"
+        self.is_plain = not any(
+            each.operation[0] in of_blocks or of_ranks in each.operation or "bulk" in each.operation
+            for each in self.statements
+        )
+        """Whether its threads meet at barriers of whole blocks or warps only, and wait for no other launch."""
 
     def _read(self, body: str) -> None:
         scopes: list[dict[str, str]] = []

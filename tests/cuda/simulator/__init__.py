@@ -32,6 +32,7 @@ import math
 import os
 import random
 import sys
+import time
 import types as python_types
 from bisect import bisect_right
 from collections import deque
@@ -104,14 +105,14 @@ class Lane:
     """A simulated thread of a block, as a greenlet: it runs until it comes to a barrier or a shuffle."""
 
     __slots__ = (
-        "apart", "begun", "block", "blockIdx", "copies", "function", "go_on", "groups", "number", "state", "threadIdx",
-        "value", "waited",
+        "apart", "begun", "block", "blockIdx", "copies", "function", "go_on", "groups", "looked", "number", "state",
+        "threadIdx", "value", "waited",
     )  # fmt: skip
 
     def __init__(self, number: int, block: BlockManager, position: Dim3, function: Callable[[], None]) -> None:
         self.number, self.threadIdx, self.blockIdx = number, _INDICES[number], position
         self.block, self.function = block, function
-        self.waited = False
+        self.waited, self.looked = False, (0, b"")
         self.copies: list[tuple[int, int, int, bool]] = []
         self.groups: deque[list[tuple[int, int, int, bool]]] = deque()
         self.state, self.value, self.apart, self.begun = "ready", None, 0, False
@@ -171,8 +172,8 @@ class BlockManager:
         self.error: BaseException | None = None
         place = Dim3(*position)
         function = partial(self._function, *arguments)
-        self._lanes = [Lane(i, self, place, function) for i in range(self._count)]
-        warps = [self._lanes[first : first + 32] for first in range(0, self._count, 32)]
+        self.lanes = [Lane(i, self, place, function) for i in range(self._count)]
+        warps = [self.lanes[first : first + 32] for first in range(0, self._count, 32)]
         self._warps = deque((warp, deque(warp)) for warp in simulation.order.sample(warps, len(warps)))
         before, simulation.running = simulation.running, None
         try:
@@ -198,19 +199,19 @@ class BlockManager:
     def following(self) -> Lane | None:
         """The thread to run next; None when all are done."""
         if self.error is not None:
-            return next((lane for lane in self._lanes if lane.state != "done"), None)
+            return next((lane for lane in self.lanes if lane.state != "done"), None)
         for _ in range(len(self._warps)):
             warp, ready = self._warps[0]
             if ready or self._exchange(warp, ready):
                 return ready.popleft()
             self._warps.rotate(-1)
-        states = {lane.state for lane in self._lanes}
+        states = {lane.state for lane in self.lanes}
         if states == {"done"}:
             return None
         if states != {"barrier"}:
             self.fail(AssertionError(f"threads of a block wait at different places: {sorted(states)}"))
             return self.following()
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.state = "ready"
         self._warps = deque((warp, deque(warp)) for warp, _ in simulation.order.sample(self._warps, len(self._warps)))
         return self.following()
@@ -361,6 +362,8 @@ class Simulation:
         self._regions: list[tuple[int, int, str]] = []
         self._last = 0, 0
         """Begin and end of the allocation that was checked last: mostly the next one's."""
+        self._looks = 0
+        """How many times threads looked in vain, one after the other."""
 
     def is_stale(self, address: int) -> bool:
         """Whether this is read before the wait although the predecessor may not have written it yet."""
@@ -386,6 +389,14 @@ class Simulation:
         if not self.running.waited and any(self.is_stale(a) for a in range(address, address + nbytes, 4)):
             return b"\xff" * nbytes
         return ctypes.string_at(int(address), nbytes)
+
+    def rest_after(self, address: int, data: bytes) -> None:
+        """Let other processes run where all threads look at what these write, and find what they found before."""
+        own, seen = self.running, (address, data)
+        self._looks = self._looks + 1 if own.looked == seen else 0
+        own.looked = seen
+        if self._looks > len(own.block.lanes):
+            time.sleep(0.0005)
 
     def begin_block(self) -> None:
         module = numba_simulator._get_kernel_context()

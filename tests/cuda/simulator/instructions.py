@@ -208,7 +208,9 @@ def _system_load(kind: Any, count: int = 1) -> Callable[[int], Any]:
 
     def load(where: int) -> Any:
         lane().pause()
-        found = np.frombuffer(simulation.load(where, count * np.dtype(kind).itemsize), kind)
+        data = simulation.load(where, count * np.dtype(kind).itemsize)
+        simulation.rest_after(where, data)
+        found = np.frombuffer(data, kind)
         values = tuple(x.item() if found.dtype.kind == "i" else x for x in found)
         return values if count > 1 else values[0]
 
