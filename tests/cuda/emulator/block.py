@@ -224,9 +224,7 @@ class Block:
         assert match, operand
         return self._value(match[1].strip(), "u64").astype(np.int64) + int(match[2] or "0", 0)
 
-    def _bytes(
-        self, address: np.ndarray, width: int, shared: bool, mask: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _bytes(self, address: np.ndarray, width: int, shared: bool, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(memory, indices [n, width]) of addresses of the threads of a mask."""
         generic = (address >= SHARED).all()
         assert generic or (address < SHARED).all(), "both spaces at once"

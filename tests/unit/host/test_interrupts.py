@@ -163,7 +163,7 @@ def interrupted(cache: Path, moment: Callable[[subprocess.Popen[str]], None], wh
     out, err = process.communicate(timeout=600)
     took = time.monotonic() - sent
     assert "Traceback" not in err and "ignored" not in err, err
-    if process.returncode == 0 or (process.returncode, err) == (-signal.SIGINT, "") and out:
+    if process.returncode == 0 or ((process.returncode, err) == (-signal.SIGINT, "") and out):
         assert out == STORY_TOLD, out
         return None
     assert (process.returncode, err) == (130, "interrupted\n"), (process.returncode, err)
