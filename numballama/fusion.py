@@ -63,20 +63,33 @@ def _gate_up(graph: Graph) -> Groups:
                 yield "gate_up", [*(p for p in pair if p), op]
 
 
+def _addition(graph: Graph, readers: Mapping[str, list[Op]], op: Op) -> Op | None:
+    """The op that adds the result of a linear op to the residual stream."""
+    add = _only_reader(graph, readers, op, "add") if op.kind == "linear" else None
+    return add if add and add.inputs[1] == op.outputs[0] else None
+
+
 def _residual(graph: Graph) -> Groups:
     """A linear op whose result is added to the residual stream."""
     readers = graph.consumers()
     for op in graph.ops:
-        if op.kind == "linear" and (add := _only_reader(graph, readers, op, "add")) and add.inputs[1] == op.outputs[0]:
+        if add := _addition(graph, readers, op):
             yield "linear_add", [op, add]
 
 
 def _all_reduce(graph: Graph) -> Groups:
-    """A linear op, or one with a residual, whose result is added up over ranks."""
+    """A linear op whose result is added up over ranks, and on rank 0 the addition of the residual before.
+
+    All ranks must fuse the same sums, whatever other passes have run: those that name a half of the memory.
+    """
     readers = graph.consumers()
     for op in graph.ops:
-        if op.kind in ("linear", "linear_add") and (user := _only_reader(graph, readers, op, "all_reduce")):
-            yield f"{op.kind}_all_reduce", [op, user]
+        if op.kind in ("linear", "linear_add"):
+            add = _addition(graph, readers, op)
+            user = _only_reader(graph, readers, add or op, "all_reduce")
+            if user and "half" in user.attrs:
+                kind = "linear_add" if add else op.kind
+                yield f"{kind}_all_reduce", [op, *([add] if add else []), user]
 
 
 def _rope_kv(graph: Graph) -> Groups:

@@ -249,7 +249,8 @@ def _exchanged(x: Value, exchange: Value, arrivals: Value, rank: int, needed: in
 def _all_reduce(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D] of each rank → their sum in the order of ranks, [T, D], the same bits on every rank
 
-    A kernel that counts no exchanges uses half number `half` of the memory: those of neighbouring sums alternate.
+    A kernel that counts no exchanges uses half number `half` of the memory: those of neighbouring sums alternate, those
+    of the last one and of the next run's first too. A sum without it is not fused.
     """
     expect(attrs.get("half", 0) in (0, 1), "wants half 0 or 1")
     x, exchange, arrivals = inputs

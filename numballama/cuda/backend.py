@@ -117,8 +117,11 @@ class CudaBackend:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of device memory that weights, KV cache and programs have allocated. A run allocates no more."""
-        return sum(owned.nbytes for owned in self._owned)
+        """Bytes of device memory that weights, KV cache, programs and exchanges have allocated. A run allocates no
+        more.
+        """
+        exchanged = self.peers.exchange.nbytes + self.peers.arrivals.nbytes if self.peers else 0
+        return exchanged + sum(owned.nbytes for owned in self._owned)
 
     @property
     def description(self) -> str:

@@ -232,6 +232,8 @@ class Peers:
     """i64 [ranks + 1] in device memory: where these begin, and the number of all."""
     stop: int
     """Address of a 32-bit word, in host memory that kernels reach. Once it is not 0, they no longer wait."""
+    alike: bool = True
+    """Whether all GPUs have the same kernels and tiles: the same capability and number of multiprocessors."""
 
 
 @dataclass(frozen=True)

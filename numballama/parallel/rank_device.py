@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..checkpoint import Weight
 from ..errors import DeviceError, Error
 from ..host import environment, interrupts
 from ..ir import Graph
-from .rank_memory import FREE, RankMemory
+from .rank_memory import FREE, GPU, RankMemory
 
 if TYPE_CHECKING:
     from ..backend import Program
@@ -113,10 +114,13 @@ class GpuRank(RankDevice):
     def publish(self, memory: RankMemory) -> None:
         memory.handles[self.rank] = list(self._peers.handle)
         memory.done[self.rank, FREE] = self.backend.free_bytes() or 0
+        (major, minor), n_sms = self.backend.device.capability, self.backend.device.n_sms
+        memory.done[self.rank, GPU] = (n_sms * 100 + major) * 100 + minor
 
     def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
         handles = [bytes(handle) for handle in memory.handles]
-        self.backend.join(self._peers.connect(handles, vocab, memory.bytes, memory.stop_at))
+        peers = self._peers.connect(handles, vocab, memory.bytes, memory.stop_at)
+        self.backend.join(replace(peers, alike=len({*memory.done[:, GPU].tolist()}) == 1))
 
     def receive(self, program: RankProgram, tokens: int, rows: int) -> None:
         from ..cuda.program import CudaProgram

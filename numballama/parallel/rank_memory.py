@@ -29,7 +29,7 @@ MESSAGE = 1024
 HANDLE = 64
 """Bytes of the handle of a rank's device memory."""
 
-DONE, FAILED, BEATS, FREE, FAULTS = 0, 1, 2, 3, 4
+DONE, FAILED, BEATS, FREE, FAULTS, GPU = range(6)
 """Elements of a rank's row of `done`."""
 
 
@@ -108,8 +108,8 @@ class RankMemory:
         self.command, self.done, self.data = array("command"), array("done"), array("data")
         """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element DONE counts messages done, FAILED is not 0
         after a failure, BEATS counts while the process runs, FREE is bytes of device memory that were free after
-        loading, FAULTS counts pages that were read from the disk. int32 [4, ROWS]: ids, positions, sequences and
-        rows of a run."""
+        loading, FAULTS counts pages that were read from the disk, GPU stands for what kernels depend on of a rank's
+        GPU. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
         self.handles = array("handles")
         """uint8 [ranks, HANDLE]: of each rank's memory on a GPU."""
         self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")

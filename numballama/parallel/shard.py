@@ -112,6 +112,8 @@ class _Pass:
         )
         """The memory of all ranks, after the last exchange so far."""
         self.exchanges = self.sums = 0
+        self.biased = set[str]()
+        """Names, in the old graph, of partial values to which rank 0 has added a bias."""
 
     def run(self) -> Shard:
         for op in self.old.ops:
@@ -216,6 +218,7 @@ class _Pass:
             if self.rank == 0:
                 part = self.new.add("bias", part, self._weight(weight), out=op.outputs[0])
             self._record(op.outputs[0], part, "partial")
+            self.biased.add(op.outputs[0])
             return
         if dimension_of(weight) != (None if layout == "whole" else layout):
             raise UnsupportedError(f"{op}: nothing says how {weight} is split where its input is {layout}")
@@ -231,7 +234,9 @@ class _Pass:
         if self.rank == 0:
             part = self.new.add("add", *operands, out=f"{out}_part")
         self.sums += 1
-        self._exchange("all_reduce", part, out, half=self.sums & 1)
+        # after a bias, which only rank 0 has, no rank may fuse the sum with a linear op
+        half = {} if self.biased & {*op.inputs} else {"half": self.sums & 1}
+        self._exchange("all_reduce", part, out, **half)
 
     def _exchange(self, kind: str, part: Value, out: str, **attrs: int) -> None:
         """Append an op that makes a value whole from the parts of all ranks."""

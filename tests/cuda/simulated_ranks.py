@@ -25,6 +25,7 @@ import numpy as np
 import numballama
 from numballama import DeviceError, Error, Model, SamplingParams, UnsupportedError
 from numballama.config import ModelConfig
+from numballama.cuda.ops.collectives import empty_parts
 from numballama.host import environment
 from numballama.parallel import communication, processes
 from numballama.parallel.processes import ProcessBackend
@@ -69,7 +70,10 @@ def test_gpus_share_a_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(two.logits([3, 1, 4]), one.logits([3, 1, 4]), rtol=1e-4, atol=1e-5)
         for params, some in ((GREEDY, prompts), (drawn, prompts[1:])):
             assert tokens_of(two, some, params) == tokens_of(one, some, params)
-        assert two.backend.memory_bytes and "2 ranks in processes" in two.backend.description
+        exchanged = sum(end - begin for begin, end in empty_parts(2, CONFIG.dim))
+        assert two.backend.memory_bytes is not None and one.backend.memory_bytes is not None
+        assert two.backend.memory_bytes > one.backend.memory_bytes + exchanged // 2
+        assert "2 ranks in processes" in two.backend.description
         two.backend.synchronize()
     assert process.returncode == 0
 

@@ -225,7 +225,8 @@ def linear_all_reduce(
     ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array, memory: Array, sums: Sums
 ) -> list[Launch]:
     """out[T, N] = the sum of x[T, K] · W[N, K]ᵀ over ranks, plus `residual` of ranks that have one."""
-    if not wgmma_gemm.wanted(ctx, [weight]) or not wgmma_gemm.held(sums, x.shape[0], weight):
+    alike = ctx.peers is not None and ctx.peers.alike  # else a rank would look for what another sends elsewhere
+    if not (alike and wgmma_gemm.wanted(ctx, [weight]) and wgmma_gemm.held(sums, x.shape[0], weight)):
         return linear(ctx, x, None, 0.0, [(weight, out)], residual, memory) + sums.of(ctx, out)
     rounded = _rounded(ctx, x, None, 0.0, [weight], _Workspace(memory))
     return rounded.launches + wgmma_gemm.linear_all_reduce(

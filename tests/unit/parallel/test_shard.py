@@ -73,6 +73,11 @@ def test_a_layer_has_two_sums_and_the_logits_are_gathered() -> None:
         assert found == ["all_reduce"] * 4 + ["all_gather"]
         order = [name for op in part.graph.ops if op.kind.startswith("all_") for name in (op.inputs[1], op.outputs[1])]
         assert order[1:-1:2] == order[2::2], "each exchange reads the memory that the one before has updated"
+        halves = [op.attrs["half"] for op in part.graph.ops if op.kind == "all_reduce"]
+        assert halves == [1, 0, 1, 0], "also the last one and the first of the next run are different"
+        assert max(map(part.graph.ops.index, (op for op in part.graph.ops if op.kind == "all_reduce"))) < (
+            part.graph.first("rows")
+        ), "a run without logits has them all"
 
 
 def test_rank_0_adds_residual_and_bias() -> None:
@@ -109,6 +114,20 @@ def test_fusions_find_the_same_ops_on_every_rank() -> None:
         fused = fuse(graph, "cpu")
         verify(fused)
         assert not any(part.kind.startswith("all_") for op in fused.ops for part in op.body), "sums stay steps"
+
+
+@pytest.mark.parametrize(
+    ("biases", "fused"), [({}, [1, 1]), ({"o_bias": True}, [0, 1]), ({"mlp_bias": True}, [1, 0])], ids=str
+)
+@pytest.mark.parametrize("without", ["", "residual", "all_reduce"])
+def test_all_ranks_fuse_the_same_sums(biases: dict[str, bool], fused: list[int], without: str) -> None:
+    """A rank would wait for ever for one that adds up the same values by another kernel."""
+    import numballama.cuda.ops  # noqa: F401 (it registers kernels)
+
+    passes = [name for name in FUSIONS if name != without]
+    for part in shards(replace(CONFIG, **biases), 2):  # type: ignore[arg-type]
+        sums = [op.kind for op in fuse(part.graph, "cuda", passes).ops if op.kind.endswith("all_reduce")]
+        assert [kind != "all_reduce" for kind in sums] == ([0] * 4 if without == "all_reduce" else 2 * fused), sums
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
