@@ -276,7 +276,7 @@ class Model:
         tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
             if self._all_logits is None:
-                least, most = self.backend.decode_sizes[0], self.backend.prefill_chunk
+                least, most = self.backend.decode_sizes[0], min(self.backend.prefill_chunk, 512)  # logits take memory
                 with progress.progress_bar("compiling kernels") as report:
                     graph = self._build(min(most, max(least, self.context)), "all")
                     self._all_logits = self._program_of(graph, report)

@@ -116,8 +116,8 @@ def seconds_of_exchanges(
     """Seconds that the exchanges of a run of `tokens` tokens take on all ranks; a median.
 
     `shards` are the ranks' graphs of a decode step, `program_of` makes a program of each rank's part of a graph. All
-    ranks come to each exchange at the same time, so this is the least that communication costs: in a decode step a rank
-    also waits for those that compute longer. Raises `DeviceError` if a rank fails.
+    ranks come to each exchange at the same time: in a decode step a rank also waits for those that compute longer. Each
+    exchange is a step of its own, also where fusion joins it with a linear op. Raises `DeviceError` if a rank fails.
     """
 
     def made(times: int) -> Runnable:
