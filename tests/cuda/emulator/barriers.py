@@ -59,11 +59,13 @@ class Barriers:
 
     def arrive(self, addresses: np.ndarray, mask: np.ndarray) -> None:
         with self.changed:
-            for thread in np.flatnonzero(mask):
-                barrier = self._mbarriers[int(addresses[thread])]
-                barrier.missing -= 1
-                assert barrier.missing >= 0, "more threads arrive than the mbarrier was made for"
-                self._end_phase(barrier)
+            for address, count in zip(*np.unique(addresses[mask], return_counts=True), strict=True):
+                barrier = self._mbarriers[int(address)]
+                while count:
+                    assert barrier.missing, "more threads arrive than the mbarrier was made for"
+                    now = min(count, barrier.missing)
+                    barrier.missing, count = barrier.missing - now, count - now
+                    self._end_phase(barrier)
 
     def expect(self, addresses: np.ndarray, counts: np.ndarray, mask: np.ndarray) -> None:
         """Threads expect bytes of copies, before they arrive."""
@@ -88,7 +90,8 @@ class Barriers:
         """For each thread whether the phase of its parity has ended. The others wait until any phase ends."""
         ended = np.zeros(len(mask), bool)
         with self.changed:
-            for thread in np.flatnonzero(mask):
-                ended[thread] = self._mbarriers[int(addresses[thread])].phase & 1 != parities[thread]
+            for address in np.unique(addresses[mask]):
+                here = mask & (addresses == address)
+                ended |= here & (parities != (self._mbarriers[int(address)].phase & 1))
             self._at_mbarrier |= mask & ~ended
         return ended

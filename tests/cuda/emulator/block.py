@@ -289,15 +289,20 @@ class Block:
         """Words to another block's shared memory, whose mbarrier counts their bytes: at once."""
         assert self.cluster is not None, "no cluster"
         to, barrier = self._address(operands[0]), self._address(operands[2])
-        values = np.stack([self._value(name, kind) for name in operands[1]], axis=1)
+        names = operands[1] if isinstance(operands[1], tuple) else (operands[1],)
+        values = np.stack([self._value(name, kind) for name in names], axis=1)
         with self.cluster.changed:
-            for thread in np.flatnonzero(mask):
-                block, at = self.cluster.block_at(int(to[thread]))
-                same, counted = self.cluster.block_at(int(barrier[thread]))
-                data = np.ascontiguousarray(values[thread]).view(np.uint8)
-                assert same is block and at % data.size == 0 and at + data.size <= block.shared.size
-                block.shared[at : at + data.size] = data
-                block.barriers.copied(counted, data.size)
+            for number in np.unique(to[mask] >> CLUSTER_SHIFT):
+                here = mask & (to >> CLUSTER_SHIFT == number)
+                assert (barrier[here] >> CLUSTER_SHIFT == number).all(), "an mbarrier of another block"
+                block, _ = self.cluster.block_at(int(to[here][0]))
+                at, counted = (each[here] & ((1 << CLUSTER_SHIFT) - 1) for each in (to, barrier))
+                data = np.ascontiguousarray(values[here]).view(np.uint8)
+                size = data.shape[1]
+                assert not (at % size).any() and (at + size <= block.shared.size).all()
+                block.shared[at[:, None] + np.arange(size)] = data
+                for address, count in zip(*np.unique(counted, return_counts=True), strict=True):
+                    block.barriers.copied(int(address), size * int(count))
 
     def _st(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         kind = self._kind(modifiers)

@@ -15,6 +15,8 @@ SHARED = 1 << 40
 """Where the window of shared memory begins among generic addresses."""
 BASE = 1 << 20
 """The address of the first allocation."""
+FIRST_BYTES = 64 << 20
+"""What a memory has room for at first."""
 
 WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
           "b64": 8, "u64": 8, "s64": 8, "f64": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}  # fmt: skip
@@ -24,10 +26,10 @@ NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16":
 
 
 class Memory:
-    """Global memory: allocations with guard bytes 0xFF between them, which no kernel may access. It grows."""
+    """Global memory: allocations with other bytes between them, which no kernel may access. It grows."""
 
     def __init__(self) -> None:
-        self.bytes, self.allowed = np.empty(0, np.uint8), np.empty(0, bool)
+        self.bytes, self.allowed = np.empty(0, np.uint8), np.zeros(0, bool)
         self._used = 256
         self.lock = Lock()
         """Held by each load and store: where launches run in several threads, an access is whole."""
@@ -48,9 +50,10 @@ class Memory:
         at = self._used
         self._used += -(-(raw.size + 256) // 256) * 256
         if self._used > self.bytes.size:
-            more = self._used
-            self.bytes = np.concatenate([self.bytes, np.full(more, 0xFF, np.uint8)])
-            self.allowed = np.concatenate([self.allowed, np.zeros(more, bool)])
+            before, size = self.bytes.size, max(FIRST_BYTES, 2 * self._used)  # pages that nothing uses cost nothing
+            grown, allowed = np.empty(size, np.uint8), np.zeros(size, bool)
+            grown[:before], allowed[:before] = self.bytes, self.allowed
+            self.bytes, self.allowed = grown, allowed
         self.bytes[at : at + raw.size] = raw
         self.allowed[at : at + raw.size] = True
         return BASE + at

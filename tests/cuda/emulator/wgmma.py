@@ -20,6 +20,7 @@ LANE = np.arange(32)
 ROW = (16 * np.arange(4)[:, None] + LANE // 4).reshape(-1)
 COLUMN = np.tile(2 * (LANE % 4), 4)
 """Of a thread's first number in a fragment."""
+NOT_YET = np.full(LANES, np.nan, np.float32)
 
 
 class Read(NamedTuple):
@@ -59,12 +60,13 @@ class Warpgroup:
             matrix = self._tile(a, kind, 64, transposed_a == "1")
         assert (one_a, one_b) == ("1", "1")
         product = matrix @ self._tile(b, kind, width, transposed_b == "1").T
-        for i, name in enumerate(names):
-            value = product[ROW + 8 * (i // 2 % 2), COLUMN + 8 * (i // 4) + i % 2]
-            if scale != "0":
-                value = value + self._sum(name)
-            self.groups[-1].sums[name] = value.astype(np.float32)
-            self._set(name, np.full(LANES, np.nan, np.float32))
+        i = np.arange(len(names))[:, None]
+        values = product[ROW + 8 * (i // 2 % 2), COLUMN + 8 * (i // 4) + i % 2]
+        if scale != "0":
+            values += [self._sum(name) for name in names]
+        for name, value in zip(names, values.astype(np.float32), strict=True):
+            self.groups[-1].sums[name] = value
+            self._set(name, NOT_YET)
 
     def wait(self, keep: int) -> None:
         """End all groups but the newest `keep` that are complete."""
@@ -96,11 +98,10 @@ class Warpgroup:
         return value
 
     def _set(self, name: str, value: np.ndarray) -> None:
-        mask = np.zeros(self.block.threads, bool)
-        mask[self.threads] = True
-        whole = np.zeros(self.block.threads, np.float32)
-        whole[self.threads] = value
-        self.block._set(name, whole, mask)
+        held = self.block.registers.get(name)
+        if held is None or held.dtype != np.uint32:
+            held = self.block.registers[name] = np.full(self.block.threads, 0xA5, np.uint32)
+        held[self.threads] = value.view(np.uint32)
 
     def _sum(self, name: str) -> np.ndarray:
         for group in reversed(self.groups):
