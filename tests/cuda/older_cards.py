@@ -12,11 +12,15 @@ every type there too. `assembly` compiles each kernel once for them, for the fir
 
 LEFT_OUT = {
     "7.5": ("attention bf16, 128", "attention, heads of 80"),
-    "9.0": ("norm_linear q5_k, some of the last record", "gate_up q5_k", "linear_add q5_k, 13 of 16"),
-}
+    "9.0": (
+        "norm_linear q5_k, some of the last record", "gate_up q5_k",
+        *(f"linear_add {kind}, 13 of 16" for kind in ("bf16", "q8_0", "q4_0", "q5_k", "q6_k")),
+    ),
+}  # fmt: skip
 """Cases that are not tried by default: sm_75 has no room for heads of 65 to 128 in `prefill_attention`, and the kernels
 of single rows, which it runs instead, are tried with float16 and heads of 128. q5_k is decoded as q4_k, with a bit
-more.
+more. `skinny` decodes a type by the same lines whatever the number of tokens: each is tried with up to 8, and with up
+to 16 or to 64 (`skinny_cases.FEWER`).
 """
 
 

@@ -150,6 +150,12 @@ MANY_COUNTS = [(600, 590), (512, 400), (300, 270), (160, 150)]
 WIDE_COUNTS = [(128, 100), (96, 90), (72, 66), (64, 41), (40, 33)]
 COUNTS = {"f16": [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)], "others": [(64, 41), (16, 9), (2, 2)]}
 """Programs and runs of `same_rows`: those of float16 are of every kernel, which others share."""
+FEWER = {
+    "q5_k": [(8, 8), (2, 2)],
+    **{kind: [(16, 9), (2, 2)] for kind in ("int8", "q4_1", "q4_k")},
+    **{kind: [(64, 41), (2, 2)] for kind in ("bf16", "q8_0", "q4_0", "q6_k")},
+}
+"""Those of the emulator for sm_90 by default."""
 
 
 def main(arguments: list[str]) -> int:
@@ -165,8 +171,8 @@ def main(arguments: list[str]) -> int:
         wide_counts, many_counts = WIDE_COUNTS, MANY_COUNTS
         if some and kind not in ("f16", "q4_k"):
             wide_counts, many_counts = WIDE_COUNTS[:1] + WIDE_COUNTS[-1:], MANY_COUNTS[-1:]
-        if some and kind == "q5_k":
-            counts = [(8, 8), (2, 2)]
+        if some and arguments[0] == "9.0":
+            counts = FEWER.get(kind, counts)
         try:
             least = wide.LEAST[PAYLOAD_TYPE[kind]] if hopper else 1000
             if hopper:

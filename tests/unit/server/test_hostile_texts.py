@@ -6,6 +6,7 @@ They are tokens that a `ForcedEngine` gives, so many at a time as an example say
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from numballama.model import Model
 from numballama.server import messages
 from numballama.server.app import create_app
 from numballama.server.http import dumps
+from numballama.server.service import Service
 from numballama.server.settings import Settings
 from numballama.tokenizers.base import Tokenizer
 from tests.helpers.bpe import chat_model
@@ -57,6 +59,7 @@ def forced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with numballama.compile(path, device="reference") as model, pytest.MonkeyPatch.context() as patch:
         engine = ForcedEngine(model)
         patch.setattr(Model, "engine", lambda self: engine)
+        patch.setattr(Service, "pause", lambda self: asyncio.sleep(0))  # sizes say what comes together, not the time
         apps = {name: create_app(model, Settings(chat_template=source)) for name, source in SOURCES.items()}
         yield Forced(apps, engine, model.require_tokenizer())
         for app in apps.values():
