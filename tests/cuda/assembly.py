@@ -112,7 +112,7 @@ EVERY_TYPE = FAMILIES - {"skinny_64_kernel", "qkv_rope_kernel"}
 `linear_kernel` do."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
-WIDE = {"wide_64_kernel", "wide_128_kernel"}
+WIDE = {f"wide_{width}{name}_kernel" for width in (64, 128) for name in ("", "_all_reduce")}
 """The same for few tokens."""
 ALSO_BLOCKS = TMA | WIDE | {"qkv_rope_kernel"}
 """Kernels that are compiled for their first type and for one whose blocks they decode."""
@@ -123,7 +123,7 @@ BULK = {"attention_bulk_64_kernel", "attention_bulk_128_kernel"}
 """Kernels to which the copy engine brings plain bytes, which are for sm_90 and newer."""
 HOPPER = WIDE | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
-BEFORE_WIDE = {"wide_round_kernel"}
+BEFORE_WIDE = {"wide_round_kernel", "add_up_pieces_kernel"}
 """Those that only kernels with wgmma need."""
 OUT_K = list(inspect.signature(wgmma_128_kernel.py_func).parameters).index("out_k")
 """Where those of `TMA` are told their second result: the cache of keys, if they finish heads."""
@@ -144,7 +144,9 @@ def opcodes(ptx: str) -> list[str]:
 
 
 def assemble_ranks() -> set[str]:
-    """Bind programs of two ranks, few numbers as words and with flags; returns the kinds of their ops."""
+    """Bind programs of two ranks: few numbers as words and with flags, and linear steps that add them up themselves.
+    Returns the kinds of their ops.
+    """
     from numballama.cuda.backend import CudaBackend
     from numballama.cuda.ops import collectives
     from numballama.cuda.peers import PeerMemory
@@ -159,14 +161,18 @@ def assemble_ranks() -> set[str]:
     handles, page = [each.handle for each in memory], np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8)
     for rank, backend in enumerate(backends):
         backend.join(memory[rank].connect(handles, shares.vocab, page, 0))
-        for most in (collectives.WORDS_UP_TO, 0):
+        exchange = collectives.WORKERS, collectives.exchange_size(2, 64)
+        own = {name: weight.type for name, weight in of_ranks[rank].items()}
+        words = collectives.WORDS_UP_TO
+        for tokens, most, fusions in (
+            (1, words, False), (1, 0, False), (12, words, True), (24, words, True), (104, words, True),
+            (264, words, True), (1, words, True),
+        ):  # fmt: skip
             with mock.patch.object(collectives, "WORDS_UP_TO", most):
-                graph = graph_of(config, weights, KVLayout.of(config, config.context), 1)
-                exchange = collectives.WORKERS, collectives.exchange_size(2, 64)
-                own = {name: weight.type for name, weight in of_ranks[rank].items()}
-                decode = backend.program(shard(graph, own, shares, rank, *exchange).graph)
-                ops |= {step.op.kind for step in decode.plan.steps}
-        backend.prepare(decode)
+                graph = graph_of(config, weights, KVLayout.of(config, config.context), tokens)
+                program = backend.program(shard(graph, own, shares, rank, *exchange).graph, fusions)
+                ops |= {step.op.kind for step in program.plan.steps}
+        backend.prepare(program)
         backend.close()
         memory[rank].free()
     return ops

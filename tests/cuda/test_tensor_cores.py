@@ -210,6 +210,48 @@ def test_emulated_barriers() -> None:
         run(Program(TURNS.replace("ARRIVE", "")), memory, (1,), 64, [out])
 
 
+TOGETHER = """
+.visible .entry together(.param .u64 together_0, .param .u64 together_1)
+{
+    .reg .b32 %r<12>; .reg .b64 %rd<12>; .reg .pred %p<4>;
+    .shared .align 16 .b8 place[1024];
+    ld.param.u64 %rd1, [together_0]; ld.param.u64 %rd2, [together_1];
+    mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; shl.b32 %r3, %r1, 2; mov.u32 %r4, place; add.s32 %r5, %r4, %r3;
+    shl.b32 %r6, %r2, 8; add.s32 %r6, %r6, %r3; cvt.u64.u32 %rd3, %r6;
+    add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3;
+    mov.u32 %r7, 0; xor.b32 %r8, %r3, 252; add.s32 %r8, %r4, %r8; mov.u32 %r10, 0;
+again:
+    cp.async.ca.shared.global [%r5], [%rd4], 4; cp.async.commit_group;
+    cp.async.ca.shared.global [%r5+512], [%rd4], 4; cp.async.commit_group;
+    cp.async.wait_group 1; bar.sync 0;
+    ld.shared.u32 %r9, [%r8]; add.s32 %r10, %r10, %r9; ld.shared.u32 %r9, [%r5+512]; xor.b32 %r10, %r10, %r9;
+    bar.sync 0;
+    cp.async.wait_group 0; add.s32 %r7, %r7, 1; setp.le.u32 %p1, %r7, %r2; @%p1 bra again;
+    st.global.u32 [%rd5], %r10;
+    ret;
+}
+"""
+"""Each block repeats two copies as many times as its number says, and once more. The second has not arrived when a
+thread reads it.
+"""
+
+
+def test_emulated_blocks_that_run_together() -> None:
+    """They have shared memory and groups of copies of their own, also where some go on longer than others."""
+    from tests.cuda.emulator import Memory, Program, run
+
+    memory, numbers = Memory(), np.random.default_rng(1).integers(0, 1 << 20, (5, 64)).astype(np.uint32)
+    source, out = memory.put(numbers), memory.put(np.zeros((5, 64), np.uint32))
+    program = Program(TOGETHER)
+    assert program.is_plain and not Program(TURNS.replace("ARRIVE", "")).is_plain
+    run(program, memory, (5,), 64, [source, out])
+    want = np.zeros((5, 64), np.uint32)
+    for block in range(5):
+        for _ in range(block + 1):
+            want[block] = want[block] + numbers[block, ::-1] ^ np.uint32(0xFFFFFFFF)
+    assert memory.get(out, (5, 64), np.uint32).tolist() == want.tolist()
+
+
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
