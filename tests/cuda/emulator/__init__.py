@@ -3,8 +3,9 @@
 It runs what Numba's simulator cannot: fragments of tensor cores, swizzled shared memory and asynchronous copies. It
 follows their description in NVIDIA's PTX ISA, not the assumptions of a kernel.
 
-What it emulates: the threads of a block, as elements of arrays, each register being one array. Where threads diverge,
-those with the lowest program counter run first, which lets them meet again. It is strict where a GPU is lenient: loads
+What it emulates: the threads of a block, or of several that need not wait for each other, as elements of arrays, each
+register being one array. Where threads diverge, those with the lowest program counter run first, which lets them meet
+again. It is strict where a GPU is lenient: loads
 must be aligned and inside an allocation, shared memory begins as NaNs, asynchronous copies arrive no sooner than they
 are waited for, and warps must be whole at instructions that need whole warps. Not emulated: races between threads, and
 timing.
