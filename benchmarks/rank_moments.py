@@ -30,7 +30,7 @@ from numballama.sampling import SamplerTable
 SCRIPT = Path(__file__).with_name("rank_failures.py")
 SHAPE = ModelConfig(512, 1536, 4, 8, 2, 768, 6144, tied_embeddings=False)
 PATIENCE_S = 20.0
-"""Seconds after which a rank that nobody ends is killed here."""
+"""Seconds after which this script kills a rank that nothing else has ended."""
 LOADING = {
     "before weights load": "open", "in the middle of the weights": "weights", "ranks connect": "connect",
     "the first program is made": "program", "graphs are captured": "capture", "kernels are prepared": "prepare",

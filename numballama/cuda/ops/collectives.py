@@ -68,7 +68,7 @@ class Sums:
         return self.exchange.nbytes // 2 // self.arrivals.shape[0] - WORD_SLOT - FLAG_SLOT
 
     def hold(self, numbers: int) -> bool:
-        """Whether so many numbers can be exchanged at once."""
+        """Whether a rank's slot has room for this many numbers."""
         return 4 * numbers <= self.slot
 
     def arguments(self, ctx: LaunchContext) -> dict[str, Argument]:

@@ -127,8 +127,7 @@ def launch(
     """
     tokens, end, decoded = x.shape[0], w[0].shape[0], w[0].quantized
     rows, kv_rows = outs[0].shape[1], w[1].shape[0] if len(w) > 1 and not paired else 0
-    narrow = decoded or w[0].scales.dtype == "f32"
-    width = NARROW if narrow else width_for(tokens, paired, end, kv_rows, ctx.n_sms, heads.head_dim if heads else 1)
+    width = _width(ctx, tokens, w[0], paired, kv_rows, heads.head_dim if heads else 1)
     box = width // 2 if paired else width
     row_tiles, kv_tiles = ceil_div(end, box), ceil_div(kv_rows, width)
     if heads:
@@ -157,6 +156,15 @@ def launch(
     return Launch(kernel, (blocks,), threads, arguments, 1024 + stages * (stage_bytes + 16))
 
 
+def _width(
+    ctx: LaunchContext, tokens: int, weight: Matrix, paired: bool = False, kv_rows: int = 0, multiple: int = 1
+) -> int:
+    """The width of the tiles of a launch whose first weight this is."""
+    if weight.quantized or weight.scales.dtype == "f32":
+        return NARROW
+    return width_for(tokens, paired, weight.shape[0], kv_rows, ctx.n_sms, multiple)
+
+
 def _link(ctx: LaunchContext, out: Array, sums: Sums | None) -> dict[str, Argument]:
     """What kernels need to send results; float32 in place of addresses if they are not to."""
     if sums is None:
@@ -171,7 +179,7 @@ def linear_all_reduce(
 ) -> list[Launch]:  # fmt: skip
     """The launches for one weight whose results are added up over ranks; it is not float32."""
     rows, tokens = weight.shape[0], x.shape[0]
-    width = NARROW if weight.quantized else width_for(tokens, False, rows, 0, ctx.n_sms)
+    width = _width(ctx, tokens, weight)
     sent = launch(ctx, x, columns, scales, [weight], [out], residual, sums=sums)
     arguments = named(tokens=ctx.tokens, out=out, columns=rows, width=width, **sums.arguments(ctx))
     items = ceil_div(rows, width) * ceil_div(tokens, 64) * (width // 16)
@@ -180,7 +188,7 @@ def linear_all_reduce(
 
 
 def held(sums: Sums, tokens: int, weight: Matrix) -> bool:
-    """Whether results of so many tokens can be sent at once: whole tiles of the greatest width."""
+    """Whether the inbox has room for the results of this many tokens, in tiles of the greatest width."""
     return weight.payload.dtype != "f32" and sums.hold(round_up(tokens, WGMMA_ROWS) * (weight.shape[0] + max(KERNELS)))
 
 
