@@ -130,6 +130,8 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
         bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
         options = {"debug": False, "opt": True}  # whatever the environment sets: the cache's key does not tell
         ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds, **options)
+    if registers := getattr(function, "max_registers", 0):  # PTX takes one of the two limits
+        ptx = re.sub(r"^\.minnctapersm .*$", f".maxnreg {registers}", ptx, flags=re.MULTILINE)
     if "wgmma." in ptx:  # an instruction of this architecture alone
         ptx = re.sub(r"^\.target sm_90\b", ".target sm_90a", ptx, flags=re.MULTILINE)
     return str(ptx)

@@ -112,7 +112,7 @@ EVERY_TYPE = FAMILIES - {"skinny_64_kernel", "qkv_rope_kernel"}
 `linear_kernel` do."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
-WIDE = {f"wide_{width}{name}_kernel" for width in (64, 128) for name in ("", "_all_reduce")}
+WIDE = {f"wide_{width}_{name}kernel" for width in (64, 128) for name in ("", "send_")}
 """The same for few tokens."""
 ALSO_BLOCKS = TMA | WIDE | {"qkv_rope_kernel"}
 """Kernels that are compiled for their first type and for one whose blocks they decode."""
@@ -123,7 +123,7 @@ BULK = {"attention_bulk_64_kernel", "attention_bulk_128_kernel"}
 """Kernels to which the copy engine brings plain bytes, which are for sm_90 and newer."""
 HOPPER = WIDE | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
-BEFORE_WIDE = {"wide_round_kernel", "add_up_pieces_kernel"}
+BEFORE_WIDE = {"wide_round_kernel", "add_up_pieces_kernel", "add_up_units_kernel"}
 """Those that only kernels with wgmma need."""
 OUT_K = list(inspect.signature(wgmma_128_kernel.py_func).parameters).index("out_k")
 """Where those of `TMA` are told their second result: the cache of keys, if they finish heads."""

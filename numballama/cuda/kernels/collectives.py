@@ -24,7 +24,15 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import address, float_as_uint, ld_global_v4_u32, st_global_u32, uint_as_float
+from ..intrinsics import (
+    address,
+    float_as_uint,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_global_v4_u32,
+    st_global_u32,
+    uint_as_float,
+)
 from ..system_memory import (
     ld_acquire_u32,
     ld_relaxed_u32,
@@ -227,6 +235,36 @@ def put_pair(out, row, column, rows, columns, a, b):
     if row < rows and column < columns:
         at = row * columns + column
         out[at], out[at + 1] = a, b
+
+
+@cuda.jit
+def add_up_units_kernel(tokens, out, rows, groups, exchange, inbox_at, slot, peers, stop, rank, ranks):
+    """out [T, rows] = the sums over ranks of results that the kernels of `wide` sent.
+
+    A warp has a unit: blockIdx.x counts as many groups of 32 rows as a block has warps, blockIdx.y units of 8 tokens.
+    """
+    griddepcontrol_launch_dependents()  # at once: the next weight's first bytes come while numbers cross the link
+    group, lane = cuda.blockIdx.x * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
+    token, row = 8 * cuda.blockIdx.y + 2 * (lane & 3), 32 * group + (lane >> 2)
+    griddepcontrol_wait()
+    if 8 * cuda.blockIdx.y < tokens[0] and group < groups:
+        link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
+        first, second, third, fourth = add_up_unit(link, cuda.blockIdx.y * groups + group)
+        here = tokens[0] - token
+        put_column(out, token, row, here, rows, first)
+        put_column(out, token, row + 8, here, rows, second)
+        put_column(out, token, row + 16, here, rows, third)
+        put_column(out, token, row + 24, here, rows, fourth)
+
+
+@device
+def put_column(out, token, row, here, rows, pair):
+    """Write a row's results for two tokens from `token` on, `here` of which exist, if there is such a row."""
+    if row < rows:
+        if here > 0:
+            out[token * rows + row] = pair[0]
+        if here > 1:
+            out[(token + 1) * rows + row] = pair[1]
 
 
 @cuda.jit

@@ -41,6 +41,18 @@ def launch_bounds(min_blocks: int) -> Any:
     return declare
 
 
+def max_registers(count: int) -> Any:
+    """Limit the registers of a thread (CUDA C++: `__maxnreg__`). The compiler reads it from the kernel's
+    `py_func.max_registers`.
+    """
+
+    def declare(kernel: Any) -> Any:
+        kernel.py_func.max_registers = count
+        return kernel
+
+    return declare
+
+
 @device
 def add4(a, b):
     """Element-wise sum of four elements."""

@@ -68,6 +68,9 @@ WIDE_ROWS, WIDE_WIDTHS = 128, (64, 128)
 """Rows of W of a tile; tokens of a block."""
 WIDE_CONSUMERS, WIDE_LOADERS = 256, 256
 """Threads of a block that multiply; threads that load weights which must be decoded. A warp loads other weights."""
+WIDE_REGISTERS = 104
+"""Registers of a thread at most, for up to 64 tokens: of 65,536, a block of 512 threads leaves 12,288 to small kernels
+before and after."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
 

@@ -41,10 +41,11 @@ from ..intrinsics import (
 from ..quant_traits import has_scales, scale_bytes
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
-from .collectives import add_up_unit, link_of, send_unit
-from .common import add4, device, launch_bounds
+from .collectives import link_of, send_unit
+from .common import add4, device, launch_bounds, max_registers
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
+from .params import WIDE_REGISTERS as REGISTERS
 from .params import WIDE_ROWS as ROWS
 from .skinny_sum import norm_factor, old_row, put_unit, results_of, times
 from .wgmma_loads import ROW_BYTES, make_ring, next_slot, section_of
@@ -167,29 +168,10 @@ def unit_exists(part, tile, first_token, tokens, height):
 
 
 @device
-def add_up_tiles(link, rank, slices, owned, tiles, first_token, tokens, height, out):
-    """Add up over ranks what this block has sent, and write it."""
-    tile, lane = cuda.blockIdx.x, cuda.threadIdx.x & 31
-    while tile < tiles:
-        no_unroll()
-        mine = np.int64(cuda.threadIdx.x >> 5)
-        while mine < owned:
-            no_unroll()
-            part = mine * slices + rank
-            if unit_exists(part, tile, first_token, tokens, height):
-                token = first_token + 8 * (part >> 2) + 2 * (lane & 3)
-                row, here = tile * ROWS + 32 * (part & 3) + (lane >> 2), tokens - token
-                unit = unit_of(part, tile, first_token, height)
-                put_unit(False, row, token, here, add_up_unit(link, unit), height, 0, (out, out, out))
-            mine += CONSUMERS // 32
-        tile += cuda.gridDim.x
-
-
-@device
 def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
              sections, heights, residual, added, outs, link):  # fmt: skip
-    """What the two warpgroups do that multiply. `link` is None, or what `send_unit` needs: results are then added
-    up over ranks, after the last tile, so that no tile waits for what the ranks send.
+    """What the two warpgroups do that multiply. `link` is None, or what `send_unit` needs: results are then sent to
+    all ranks.
     """
     base, stage, stages, full, empty, x_bytes = ring
     sums_at, factors_at, received, may_send, owned = exchange
@@ -245,8 +227,6 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         phase ^= 1
         tile += cuda.gridDim.x
     mbarrier_wait(may_send, phase ^ 1)  # nobody arrives here or sends any more
-    if link is not None:
-        add_up_tiles(link, rank, slices, owned, tiles, first_token, tokens, heights[0], outs[0])
 
 
 @device
@@ -279,7 +259,7 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
         load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, steps)
 
 
-@launch_bounds(min_blocks=1)
+@max_registers(REGISTERS)
 @cuda.jit
 def wide_64_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2, stride,
                    s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual, added, q, k,
@@ -301,13 +281,13 @@ def wide_128_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, 
          (q, k, v), steps, row_steps, stages, bias, None)  # fmt: skip
 
 
-@launch_bounds(min_blocks=1)
+@max_registers(REGISTERS)
 @cuda.jit
-def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1,
-                               m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles,
-                               residual, added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at, slot,
-                               peers, stop, rank, ranks):  # fmt: skip
-    """The same of one weight, added up over ranks."""
+def wide_64_send_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
+                        stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual,
+                        added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at, slot, peers, stop, rank,
+                        ranks):  # fmt: skip
+    """The same of one weight, whose results are sent to all ranks: `add_up_units_kernel` comes next."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
          row_steps, stages, bias, link_of(exchange, inbox_at, slot, peers, stop, rank, ranks))  # fmt: skip
@@ -315,11 +295,11 @@ def wide_64_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, nor
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def wide_128_all_reduce_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0,
-                               m1, m2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles,
-                               kv_tiles, residual, added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at,
-                               slot, peers, stop, rank, ranks):  # fmt: skip
-    """The same of one weight, added up over ranks."""
+def wide_128_send_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, m0, m1, m2,
+                         stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual,
+                         added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at, slot, peers, stop, rank,
+                         ranks):  # fmt: skip
+    """The same of one weight, whose results are sent to all ranks."""
     wide(zeros_of(64), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
          row_steps, stages, bias, link_of(exchange, inbox_at, slot, peers, stop, rank, ranks))  # fmt: skip

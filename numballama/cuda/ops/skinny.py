@@ -139,7 +139,7 @@ def _launch(
         of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
         return [
             _round(ctx, x, norm, first, rounded, scales, squares, by_wgmma.slice_columns, True),
-            wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma, sums),
+            *wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma, sums),
         ]
     payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
     groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)

@@ -9,7 +9,10 @@ from functools import lru_cache
 from ...memory import ceil_div
 from ...registry import KernelRef
 from ..kernels.params import (
+    SKINNY_ROWS,
+    SKINNY_THREADS,
     SKINNY_UNIT,
+    SKINNY_WARPS,
     WIDE_CONSUMERS,
     WIDE_LOADERS,
     WIDE_ROWS,
@@ -21,9 +24,9 @@ from .collectives import Sums
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
 """Tokens of a block → the kernel for them."""
-WIDE_ALL_REDUCE = {
-    width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_all_reduce_kernel") for width in WIDE_WIDTHS
-}
+SEND = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_send_kernel") for width in WIDE_WIDTHS}
+"""The same, whose results are sent to all ranks."""
+ADD_UP = KernelRef("numballama.cuda.kernels.collectives", "add_up_units_kernel")
 LEAST = {"f16": 17, "bf16": 17, "int8": 33, "q4_0": 33, "q4_1": 33, "q4_k": 33, "q5_k": 33, "q6_k": 33}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
@@ -36,6 +39,10 @@ TILE_STEPS, SLICE_STEPS = 1.5, 2
 FIT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 8: 15}
 """Blocks of a cluster → clusters that run at once on an H200, of 132 multiprocessors in groups of unequal sizes."""
 COLUMN_BYTES = 2 * WIDE_STEP_COLUMNS
+BYTES_BESIDE = 12 << 10
+"""Shared memory of a multiprocessor that is left to the small kernels before and after. They wait there while a weight
+is multiplied, and while they run the next weight's first bytes come.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ def divide(tiles: int, columns: int, n_sms: int) -> Division:
 def launch(
     ctx: LaunchContext, rounded: Array, of_x: Mapping[str, Argument], w: Sequence[Matrix], paired: bool, rows: int,
     kv_rows: int, of_results: Mapping[str, Argument], division: Division, sums: Sums | None = None,
-) -> Launch:  # fmt: skip
-    """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values. Results of one weight are
+) -> list[Launch]:  # fmt: skip
+    """The launches of a weight, of a gate and up (`paired`), or of queries, keys and values. Results of one weight are
     added up over ranks if there are `sums`.
 
     `of_x` are the arguments about X from `x_scales` to `columns`, `of_results` those from `residual` to `v`.
@@ -92,7 +99,7 @@ def launch(
     row_tiles, kv_tiles = tiles_of(rows, kv_rows, paired)
     parts = ceil_div(WIDE_ROWS // 32 * (width // 8), slices) * slices
     fixed, stage_bytes = 1024 + 16 + 4 * SKINNY_UNIT * parts + 4 * slices * width, (WIDE_ROWS + width) * COLUMN_BYTES
-    stages = (ctx.shared_limit - fixed) // (stage_bytes + 16)
+    stages = (ctx.shared_limit - BYTES_BESIDE - fixed) // (stage_bytes + 16)
     box = WIDE_ROWS // 2 if paired else WIDE_ROWS
     maps: list[Argument] = [0 if m.quantized else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
                             for m in w]  # fmt: skip
@@ -107,7 +114,13 @@ def launch(
     clusters = min(row_tiles + 2 * kv_tiles, max(1, ctx.n_sms // slices))
     grid = clusters, ceil_div(rounded.shape[0], width), slices
     threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32)
-    kernel = WIDE[width]
-    if sums:
-        kernel, arguments = WIDE_ALL_REDUCE[width], arguments | sums.arguments(ctx)
-    return Launch(kernel, grid, threads, arguments, fixed + stages * (stage_bytes + 16), cluster=slices)
+    shared = fixed + stages * (stage_bytes + 16)
+    if not sums:
+        return [Launch(WIDE[width], grid, threads, arguments, shared, cluster=slices)]
+    of_ranks = sums.arguments(ctx)
+    groups, out = ceil_div(rows, SKINNY_ROWS), named(tokens=ctx.tokens, out=of_results["q"], rows=rows)
+    add_grid = ceil_div(groups, SKINNY_WARPS), ceil_div(rounded.shape[0], 8)
+    return [
+        Launch(SEND[width], grid, threads, arguments | of_ranks, shared, cluster=slices),
+        Launch(ADD_UP, add_grid, SKINNY_THREADS, out | named(groups=groups) | of_ranks),
+    ]
