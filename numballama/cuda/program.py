@@ -22,6 +22,7 @@ from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
 from .kernels.params import PREFILL_ATTENTION_TILE, WGMMA_ATTENTION_TILE
 from .launch import Array, Launch, LaunchContext, Matrix, RowKind
+from .ops import wide
 from .weights import ALIGNMENT, aligned
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class CudaProgram:
             bind_step(step, plan.graph, of_rows if step.of_rows else self.ctx, operands) for step in plan.steps
         ]
         """The launches of each step."""
+        wide.join_sums(self.launches)
         self.variant_starts = sorted({
             start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip

@@ -123,7 +123,7 @@ BULK = {"attention_bulk_64_kernel", "attention_bulk_128_kernel"}
 """Kernels to which the copy engine brings plain bytes, which are for sm_90 and newer."""
 HOPPER = WIDE | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
-BEFORE_WIDE = {"wide_round_kernel", "add_up_pieces_kernel", "add_up_units_kernel"}
+BEFORE_WIDE = {"wide_round_kernel", "add_up_pieces_kernel", "add_up_rows_kernel", "wide_round_sums_kernel"}
 """Those that only kernels with wgmma need."""
 OUT_K = list(inspect.signature(wgmma_128_kernel.py_func).parameters).index("out_k")
 """Where those of `TMA` are told their second result: the cache of keys, if they finish heads."""

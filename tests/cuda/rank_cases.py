@@ -18,6 +18,7 @@ import numpy as np
 from numballama.cuda.kernels.params import TOKEN_ROWS, WORDS_UP_TO
 from numballama.cuda.launch import Array, Launch, Peers, TensorMap
 from numballama.cuda.ops import collectives
+from numballama.cuda.ops.wide import join_sums
 from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
 from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, upload
@@ -150,6 +151,66 @@ def linear_all_reduce(
     return 0.0
 
 
+def sums_rounded(
+    machines: Sequence[Any], kind: str, rows: int, tokens: int, columns: int, width: int, times: int = 3
+) -> float:
+    """Sums of a linear step whose next kernel adds them up and rounds them for a linear step after a norm.
+
+    The same bits as kernels of their own give, in the sums and in the results after them.
+    """
+    ranks = Ranks(machines, tokens, [1] * len(machines))
+    rng = np.random.default_rng(8)
+    norm = rng.uniform(0.5, 2, width).astype(np.float32)
+    joined: list[list[Launch]] = []
+    apart: list[list[Launch]] = []
+    results: list[list[Any]] = []
+    for rank, machine in enumerate(machines):
+        peers = machine.ctx.peers
+        x = machine.put(rng.standard_normal((rows, columns)).astype(np.float32), "f32")
+        first, _ = upload(machine, rng.standard_normal((width, columns)) * columns**-0.5, kind)
+        second, _ = upload(machine, np.random.default_rng(9).standard_normal((40, width)) * width**-0.5, kind)
+        weight = machine.put(norm, "f32")
+        results.append([])
+        for of_rank in (joined, apart):
+            of_rank.append([])
+            for turn in range(times):
+                sums, after = (
+                    machine.put(np.full((rows, n), UNTOUCHED, np.float32), "f32") for n in (width, 40)
+                )  # fmt: skip
+                operands = [x, first, peers.exchange, peers.arrivals]
+                steps = [
+                    launches_of(
+                        machine, "linear_all_reduce", ["f32", kind, "f32", "i32"], operands, [sums], rank=rank,
+                        half=turn & 1,
+                    ),
+                    launches_of(
+                        machine, "norm_linear", ["f32", "f32", kind], [sums, weight, second], [after], eps=1e-5
+                    ),
+                ]  # fmt: skip
+                if of_rank is joined:
+                    before = sum(map(len, steps))
+                    join_sums(steps)
+                    assert sum(map(len, steps)) == before - 1, "one kernel adds up and rounds"
+                of_rank[-1] += [launch for step in steps for launch in step]
+                results[-1].append((sums, after))
+    for launches in (joined, apart):
+        if isinstance(machines[0], RealRank):  # as in `linear_all_reduce`
+            each = len(launches[0]) // times
+            for turn in range(times):
+                ranks.execute([own[turn * each : (turn + 1) * each] for own in launches])
+        else:
+            ranks.execute(launches)
+    for machine, values in zip(machines, results, strict=True):
+        for one, other in zip(values[:times], values[times:], strict=True):
+            for got, want in zip(one, other, strict=True):
+                a, b = machine.get(got, np.float32), machine.get(want, np.float32)
+                assert (a[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
+                assert np.isfinite(a[:tokens]).all()
+                wrong = a.view(np.uint32) != b.view(np.uint32)
+                assert not wrong.any(), f"{wrong.sum()} of {wrong.size} differ"
+    return 0.0
+
+
 def all_gather(machines: Sequence[Any], rows: int, tokens: int, shares: Sequence[int], times: int = 3) -> float:
     """Parts of different widths, side by side."""
     ranks = Ranks(machines, tokens, shares)
@@ -241,6 +302,9 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("linear bf16, 13 of 16 tokens", linear_all_reduce, "bf16", 16, 13, 336, 72)
     add("wide f16, 20 of 24 tokens", linear_all_reduce, "f16", 24, 20, 1024, 136)
     add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 168)
+    add("wide bf16, sums rounded, 35 of 40 tokens", sums_rounded, "bf16", 40, 35, 320, 168)
+    add("wide f16, sums rounded, an odd number of rows", sums_rounded, "f16", 24, 18, 128, 45)
+    add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 264)
     add("wgmma f16, 150 of 160 tokens", linear_all_reduce, "f16", 160, 150, 64, 264)
     add("wgmma q4_0, 200 of 224 tokens", linear_all_reduce, "q4_0", 224, 200, 64, 130)
     add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)

@@ -11,9 +11,7 @@ A block exchanges with the block of its number on the other ranks, in its own pa
 exchanges itself; so halves alternate by its count. A half may be overwritten two exchanges later: to have come to the
 exchange in between, the other rank must have read it. All ranks launch the same exchanges in the same order.
 
-The kernels of linear steps add up their own results: a thread sends a number as soon as it has it, to a place that was
-`EMPTY`, and waits until those of all ranks have come (`add_up`): neither flag nor count travels. Who has read a number
-makes its place empty again. They take the half that their op names: those of neighbouring exchanges alternate.
+`linear_sums` has what the kernels of linear steps exchange themselves.
 
 `stop` is the address of a word in host memory. Once it is not 0, nobody waits any more: results are then arbitrary, and
 the host says so.
@@ -27,8 +25,6 @@ from numba import cuda
 from ..intrinsics import (
     address,
     float_as_uint,
-    griddepcontrol_launch_dependents,
-    griddepcontrol_wait,
     ld_global_v4_u32,
     st_global_u32,
     uint_as_float,
@@ -39,18 +35,14 @@ from ..system_memory import (
     ld_relaxed_u64,
     ld_relaxed_v2_u64,
     ld_relaxed_v4_f32,
-    nanosleep,
-    st_relaxed_u32,
     st_relaxed_u64,
     st_relaxed_v2_u64,
-    st_relaxed_v4_u32,
     st_release_u32,
     st_v4_u32,
 )
-from .common import add4, device, pdl_sync
+from .common import device, pdl_sync
 from .params import EXCHANGE_THREADS as THREADS
 from .params import FLAG_NUMBERS, FLAG_SLOT, TOKEN_ROWS, WORD_NUMBERS, WORD_SLOT
-from .params import SKINNY_UNIT as UNIT
 
 CELL_BYTES = 64
 """Bytes of an entry of `arrivals`. Words: flags, or this rank's count of exchanges with flags; its count of those by
@@ -58,10 +50,6 @@ words; its count of tokens sent or received.
 """
 FLAGS, WORDS, TOKENS = 0, 4, 8
 """Bytes from the beginning of a cell to these."""
-EMPTY = np.uint32(0xFFFFFFFF)
-"""What stands where no number has come: a NaN that no arithmetic gives."""
-SOON, PAUSE_NS = 8, 100
-"""Looks without a pause, and nanoseconds of a pause."""
 LOOKS = 255
 """Looks at a word before `stop` is looked at, which is in host memory; one less than a power of two."""
 
@@ -115,182 +103,6 @@ def receive_pair(where, number, stop):
         looks += 1
         word, following = ld_relaxed_v2_u64(where)
     return number_in(word), number_in(following)
-
-
-@device
-def link_of(exchange, inbox_at, slot, peers, stop, rank, ranks):
-    """What the functions below need: slots of `slot` bytes, one of each rank, from byte `inbox_at` of all memory on."""
-    return inbox_at, slot, address(exchange, 0), peers, stop, rank, ranks
-
-
-@device
-def number_to_send(x):
-    """The bits of a float32; a NaN has others than what is `EMPTY`."""
-    bits = float_as_uint(x)
-    return np.uint32(0x7FFFFFFF) if bits == EMPTY else bits
-
-
-@device
-def is_ended(looks, stop):
-    """Whether to wait no longer for a number, after this many looks. It pauses after some: looks take bandwidth."""
-    if looks >= SOON:
-        nanosleep(PAUSE_NS)
-    return is_stopped(looks, stop)
-
-
-@device
-def send(link, i, a):
-    """Send number i to all other ranks."""
-    inbox_at, slot, _, peers, _, rank, ranks = link
-    for other in range(ranks):
-        if other != rank:
-            st_relaxed_u32(peers[other] + inbox_at + rank * slot + 4 * i, number_to_send(a))
-
-
-@device
-def add_up(link, i, a):
-    """The sum of number i of all ranks, in their order; this rank's is `a`. The places of the others are empty then."""
-    inbox_at, slot, own, _, stop, rank, ranks = link
-    total = np.float32(0)
-    for other in range(ranks):
-        p = a
-        if other != rank:
-            place, looks = own + inbox_at + other * slot + 4 * i, 0
-            bits = ld_relaxed_u32(place)
-            while bits == EMPTY and not is_ended(looks, stop):
-                looks += 1
-                bits = ld_relaxed_u32(place)
-            st_global_u32(place, EMPTY)
-            p = uint_as_float(bits)
-        total = p if other == 0 else total + p
-    return total
-
-
-@device
-def send_unit(link, unit, results):
-    """Send this lane's results of a unit, of four rows for two tokens each, to all ranks, this one too."""
-    inbox_at, slot, _, peers, _, rank, ranks = link
-    first, second, third, fourth = results
-    place = inbox_at + rank * slot + 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31)
-    for other in range(ranks):
-        to = peers[other] + place
-        st_relaxed_v4_u32(to, number_to_send(first[0]), number_to_send(first[1]), number_to_send(second[0]),
-                          number_to_send(second[1]))  # fmt: skip
-        st_relaxed_v4_u32(to + 2 * UNIT, number_to_send(third[0]), number_to_send(third[1]), number_to_send(fourth[0]),
-                          number_to_send(fourth[1]))  # fmt: skip
-
-
-@device
-def is_missing(four):
-    """Whether one of four numbers has not come."""
-    a, b, c, d = four
-    return (
-        float_as_uint(a) == EMPTY or float_as_uint(b) == EMPTY or float_as_uint(c) == EMPTY or float_as_uint(d) == EMPTY
-    )
-
-
-@device
-def add_up_eight(link, at, distance):
-    """The sums over all ranks, in their order, of four numbers at byte `at` of a slot and of four `distance` bytes
-    further. The places of the others are empty then; this rank's numbers are there when it comes here.
-    """
-    inbox_at, slot, own, _, stop, rank, ranks = link
-    place, zero = own + inbox_at + at, np.float32(0)
-    upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    for other in range(ranks):
-        a, b, looks = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance), 0
-        if other != rank:
-            while (is_missing(a) or is_missing(b)) and not is_ended(looks, stop):
-                looks += 1
-                a, b = ld_relaxed_v4_f32(place), ld_relaxed_v4_f32(place + distance)
-            st_v4_u32(place, EMPTY, EMPTY, EMPTY, EMPTY)
-            st_v4_u32(place + distance, EMPTY, EMPTY, EMPTY, EMPTY)
-        upper, lower = (a, b) if other == 0 else (add4(upper, a), add4(lower, b))
-        place += slot
-    return upper, lower
-
-
-@device
-def add_up_unit(link, unit):
-    """The sums of this lane's results of a unit over all ranks."""
-    upper, lower = add_up_eight(link, 4 * UNIT * unit + 16 * (cuda.threadIdx.x & 31), 2 * UNIT)
-    return (upper[0], upper[1]), (upper[2], upper[3]), (lower[0], lower[1]), (lower[2], lower[3])
-
-
-@device
-def wait_for_first(link, at):
-    """Wait until the first numbers of a warp have come, of all ranks: one lane looks, which takes less bandwidth."""
-    inbox_at, slot, own, _, stop, rank, ranks = link
-    if cuda.threadIdx.x & 31 == 0:
-        for other in range(ranks):
-            place, looks = own + inbox_at + other * slot + at, 0
-            while other != rank and ld_relaxed_u32(place) == EMPTY and not is_ended(looks, stop):
-                looks += 1
-    cuda.syncwarp()
-
-
-@device
-def put_pair(out, row, column, rows, columns, a, b):
-    """Write two neighbouring results, if there are such a row and column."""
-    if row < rows and column < columns:
-        at = row * columns + column
-        out[at], out[at + 1] = a, b
-
-
-@cuda.jit
-def add_up_units_kernel(tokens, out, rows, groups, exchange, inbox_at, slot, peers, stop, rank, ranks):
-    """out [T, rows] = the sums over ranks of results that the kernels of `wide` sent.
-
-    A warp has a unit: blockIdx.x counts as many groups of 32 rows as a block has warps, blockIdx.y units of 8 tokens.
-    """
-    griddepcontrol_launch_dependents()  # at once: the next weight's first bytes come while numbers cross the link
-    group, lane = cuda.blockIdx.x * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
-    token, row = 8 * cuda.blockIdx.y + 2 * (lane & 3), 32 * group + (lane >> 2)
-    griddepcontrol_wait()
-    if 8 * cuda.blockIdx.y < tokens[0] and group < groups:
-        link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
-        first, second, third, fourth = add_up_unit(link, cuda.blockIdx.y * groups + group)
-        here = tokens[0] - token
-        put_column(out, token, row, here, rows, first)
-        put_column(out, token, row + 8, here, rows, second)
-        put_column(out, token, row + 16, here, rows, third)
-        put_column(out, token, row + 24, here, rows, fourth)
-
-
-@device
-def put_column(out, token, row, here, rows, pair):
-    """Write a row's results for two tokens from `token` on, `here` of which exist, if there is such a row."""
-    if row < rows:
-        if here > 0:
-            out[token * rows + row] = pair[0]
-        if here > 1:
-            out[(token + 1) * rows + row] = pair[1]
-
-
-@cuda.jit
-def add_up_pieces_kernel(tokens, out, columns, width, exchange, inbox_at, slot, peers, stop, rank, ranks):
-    """out = the sums over ranks of results that `wgmma_gemm.send_piece` sent, of tiles of `width` columns.
-
-    128 threads, which stand for those of a warpgroup there, have 16 columns of 64 tokens at a time.
-    """
-    pdl_sync()  # `out` may be what the preceding kernel reads
-    link, rows = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks), tokens[0]
-    slabs, parts = 2 * ((rows + 127) >> 7), width >> 4
-    items = (columns + width - 1) // width * slabs * parts
-    thread, groups = cuda.threadIdx.x & 127, cuda.blockDim.x >> 7
-    row_in_slab = 16 * (thread >> 5) + ((thread & 31) >> 2)
-    for item in range(cuda.blockIdx.x * groups + (cuda.threadIdx.x >> 7), items, cuda.gridDim.x * groups):
-        piece, part = item // parts, item % parts
-        tile, slab = piece // slabs, piece % slabs
-        row, column = 64 * slab + row_in_slab, tile * width + 16 * part + 2 * (thread & 3)
-        if row - ((thread & 31) >> 2) < rows:
-            wait_for_first(link, 256 * width * piece + 4096 * part + 16 * thread)
-        if row < rows:
-            a, b = add_up_eight(link, 256 * width * piece + 4096 * part + 16 * thread, 2048)
-            put_pair(out, row, column, rows, columns, a[0], a[1])
-            put_pair(out, row + 8, column, rows, columns, a[2], a[3])
-            put_pair(out, row, column + 8, rows, columns, b[0], b[1])
-            put_pair(out, row + 8, column + 8, rows, columns, b[2], b[3])
 
 
 @device

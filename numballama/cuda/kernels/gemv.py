@@ -34,10 +34,10 @@ from ..intrinsics import (
     shared_address,
 )
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
-from .collectives import add_up, link_of, send
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
+from .linear_sums import add_up, link_of, send
 from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
 from .params import GEMV_STAGES as STAGES
 from .params import GEMV_THREADS as THREADS

@@ -21,8 +21,8 @@ from ..intrinsics import (
     no_unroll,
     rsqrt_approx,
 )
-from .collectives import add_up_unit, link_of, send_unit
 from .common import LOG2_E, add4, device
+from .linear_sums import add_up_unit, link_of, send_unit
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
 

@@ -23,6 +23,7 @@ from ..intrinsics import (
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import device, magnitude_bits
 from .dot import squared
+from .linear_sums import add_up_rows, link_of
 from .params import SKINNY_WARPS as WARPS
 from .reduce import block_sum, warp_sum
 from .rounding import load4, scales_for, warp_largest_of
@@ -136,7 +137,6 @@ def wide_round_kernel(
     blockIdx.x counts tokens, blockIdx.y slices.
     """
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
-    scratch, found = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
     t, i, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     griddepcontrol_wait()
     if t >= tokens[0]:
@@ -144,6 +144,46 @@ def wide_round_kernel(
     first, row_pieces, start = cuda.blockIdx.y * slice_columns, slice_columns >> 3, t * columns
     piece0 = piece_of(x, start, norm, normed, first + 8 * i, i < row_pieces, columns)
     piece1 = piece_of(x, start, norm, normed, first + 8 * (i + threads), i + threads < row_pieces, columns)
+    round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces)
+
+
+@cuda.jit
+def wide_round_sums_kernel(
+    tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces, exchange,
+    inbox_at, slot, peers, stop, rank, ranks,
+):  # fmt: skip
+    """The same of sums over ranks of what the kernels of `wide` sent; they are written to x."""
+    griddepcontrol_launch_dependents()
+    t, i, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
+    griddepcontrol_wait()
+    if t >= tokens[0]:
+        return
+    first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
+    k0, k1 = first + 8 * i, first + 8 * (i + threads)
+    piece0 = summed_piece(link, x, t, norm, normed, k0, i < row_pieces, columns)
+    piece1 = summed_piece(link, x, t, norm, normed, k1, i + threads < row_pieces, columns)
+    round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces)
+
+
+@device
+def summed_piece(link, x, t, norm, normed, k, inside, columns):
+    """`piece_of` the sums over ranks, which are written to x."""
+    zero, even = np.float32(0), columns & 3 == 0
+    a, b = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    c, d = a, b
+    if inside and k < columns:
+        if normed:  # no kernel writes the norm's weight
+            c, d = load4(norm, 0, k, columns, even), load4(norm, 0, k + 4, columns, even)
+        a, b = add_up_rows(link, t, k, columns, x)
+    return a + b, c + d
+
+
+@device
+def round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces):
+    """Round the two pieces that each thread has of the block's slice, from column `first` on, and write them."""
+    scratch, found = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
+    i, threads = cuda.threadIdx.x, cuda.blockDim.x
     squares0, v0, largest0 = normed_piece(piece0, normed)
     squares1, v1, largest1 = normed_piece(piece1, normed)
     largest = warp_largest_of(max(largest0, largest1))

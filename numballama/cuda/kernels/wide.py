@@ -41,8 +41,8 @@ from ..intrinsics import (
 from ..quant_traits import has_scales, scale_bytes
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
-from .collectives import link_of, send_unit
 from .common import add4, device, launch_bounds, max_registers
+from .linear_sums import link_of, rows_of_lane, send_rows
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_REGISTERS as REGISTERS
@@ -155,10 +155,11 @@ def put_part(place, results, paired, outs):
 
 
 @device
-def unit_of(part, tile, first_token, height):
-    """Number of the unit of a tile's part: the same on every rank, and for any division of K."""
-    groups = (height + 31) >> 5
-    return ((first_token >> 3) + (part >> 2)) * groups + tile * GROUPS + (part & 3)
+def send_part(link, part, tile, first_token, tokens, height, results):
+    """Send a unit's results to all ranks, eight rows of a token together."""
+    v, pair = (cuda.threadIdx.x & 31) >> 2, cuda.threadIdx.x & 3
+    token, row = first_token + 8 * (part >> 2) + 2 * pair + (v & 1), tile * ROWS + 32 * (part & 3) + 8 * (v >> 1)
+    send_rows(link, token, row, tokens, height, rows_of_lane(results))
 
 
 @device
@@ -170,7 +171,7 @@ def unit_exists(part, tile, first_token, tokens, height):
 @device
 def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
              sections, heights, residual, added, outs, link):  # fmt: skip
-    """What the two warpgroups do that multiply. `link` is None, or what `send_unit` needs: results are then sent to
+    """What the two warpgroups do that multiply. `link` is None, or what `send_rows` needs: results are then sent to
     all ranks.
     """
     base, stage, stages, full, empty, x_bytes = ring
@@ -216,7 +217,7 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             if link is None:
                 put_part(place, results, paired, outs)
             elif unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
-                send_unit(link, unit_of(mine * slices + rank, tile, first_token, heights[0]), results)
+                send_part(link, mine * slices + rank, tile, first_token, tokens, heights[0], results)
             mine += CONSUMERS // 32
             if mine < owned:
                 place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
@@ -287,7 +288,7 @@ def wide_64_send_kernel(tokens, x, x_map, x_scales, squares, capacity, normed, e
                         stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, row_tiles, kv_tiles, residual,
                         added, q, k, v, steps, row_steps, stages, bias, exchange, inbox_at, slot, peers, stop, rank,
                         ranks):  # fmt: skip
-    """The same of one weight, whose results are sent to all ranks: `add_up_units_kernel` comes next."""
+    """The same of one weight, whose results are sent to all ranks: who adds them up comes next."""
     wide(zeros_of(32), tokens, x, x_map, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2), (m0, m1, m2),
          stride, (s0, s1, s2), scale_stride, shift, False, rows, 0, row_tiles, 0, residual, added, (q, k, v), steps,
          row_steps, stages, bias, link_of(exchange, inbox_at, slot, peers, stop, rank, ranks))  # fmt: skip

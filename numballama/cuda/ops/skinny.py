@@ -36,7 +36,6 @@ SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (
 """Units of 8 tokens of a block → the kernel for them."""
 
 ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
-WIDE_ROUND = KernelRef(f"{KERNELS}_x", "wide_round_kernel")
 SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 SUM_ALL_REDUCE = KernelRef(f"{KERNELS}_sum", "skinny_sum_all_reduce_kernel")
 
@@ -208,7 +207,7 @@ def _round(
         pieces=step_columns(weight.payload.dtype) // 32,
     )  # fmt: skip
     if by_blocks:
-        return Launch(WIDE_ROUND, (tokens, slices), round_up(ceil_div(slice_columns, 16), 32), arguments)
+        return Launch(wide.ROUND, (tokens, slices), round_up(ceil_div(slice_columns, 16), 32), arguments)
     return Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), slices), SKINNY_THREADS, arguments)
 
 

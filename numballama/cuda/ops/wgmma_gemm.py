@@ -26,7 +26,7 @@ KERNELS = {width: KernelRef("numballama.cuda.kernels.wgmma_gemm", f"wgmma_{width
 """Rows of W of a tile → the kernel for them."""
 TALL = KernelRef("numballama.cuda.kernels.wgmma_gemm", "wgmma_tall_kernel")
 """The kernel for quantised weights whose tiles have 256 tokens."""
-ADD_UP_PIECES = KernelRef("numballama.cuda.kernels.collectives", "add_up_pieces_kernel")
+ADD_UP_PIECES = KernelRef("numballama.cuda.kernels.linear_sums", "add_up_pieces_kernel")
 SUM_THREADS = 512
 """Threads of a block of it."""
 TALL_COST = 1.5

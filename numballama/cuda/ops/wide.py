@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from ...memory import ceil_div
 from ...registry import KernelRef
 from ..kernels.params import (
-    SKINNY_ROWS,
-    SKINNY_THREADS,
     SKINNY_UNIT,
-    SKINNY_WARPS,
     WIDE_CONSUMERS,
     WIDE_LOADERS,
     WIDE_ROWS,
@@ -26,7 +24,10 @@ WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel")
 """Tokens of a block → the kernel for them."""
 SEND = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_send_kernel") for width in WIDE_WIDTHS}
 """The same, whose results are sent to all ranks."""
-ADD_UP = KernelRef("numballama.cuda.kernels.collectives", "add_up_units_kernel")
+ADD_UP = KernelRef("numballama.cuda.kernels.linear_sums", "add_up_rows_kernel")
+ROUND, ROUND_SUMS = (
+    KernelRef("numballama.cuda.kernels.skinny_x", f"wide_round_{name}kernel") for name in ("", "sums_")
+)  # fmt: skip
 LEAST = {"f16": 17, "bf16": 17, "int8": 33, "q4_0": 33, "q4_1": 33, "q4_k": 33, "q5_k": 33, "q6_k": 33}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
@@ -40,8 +41,9 @@ FIT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 8: 15}
 """Blocks of a cluster → clusters that run at once on an H200, of 132 multiprocessors in groups of unequal sizes."""
 COLUMN_BYTES = 2 * WIDE_STEP_COLUMNS
 BYTES_BESIDE = 12 << 10
-"""Shared memory of a multiprocessor that is left to the small kernels before and after. They wait there while a weight
-is multiplied, and while they run the next weight's first bytes come.
+"""Shared memory of a multiprocessor that is left to the small kernels before and after, where weights are quantised.
+They wait there while a weight is multiplied, and while they run the next weight's first bytes come. Weights in 16 bits
+gain more from another stage of the ring.
 """
 
 
@@ -99,7 +101,8 @@ def launch(
     row_tiles, kv_tiles = tiles_of(rows, kv_rows, paired)
     parts = ceil_div(WIDE_ROWS // 32 * (width // 8), slices) * slices
     fixed, stage_bytes = 1024 + 16 + 4 * SKINNY_UNIT * parts + 4 * slices * width, (WIDE_ROWS + width) * COLUMN_BYTES
-    stages = (ctx.shared_limit - BYTES_BESIDE - fixed) // (stage_bytes + 16)
+    beside = BYTES_BESIDE if first.quantized else 0
+    stages = (ctx.shared_limit - beside - fixed) // (stage_bytes + 16)
     box = WIDE_ROWS // 2 if paired else WIDE_ROWS
     maps: list[Argument] = [0 if m.quantized else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
                             for m in w]  # fmt: skip
@@ -118,9 +121,21 @@ def launch(
     if not sums:
         return [Launch(WIDE[width], grid, threads, arguments, shared, cluster=slices)]
     of_ranks = sums.arguments(ctx)
-    groups, out = ceil_div(rows, SKINNY_ROWS), named(tokens=ctx.tokens, out=of_results["q"], rows=rows)
-    add_grid = ceil_div(groups, SKINNY_WARPS), ceil_div(rounded.shape[0], 8)
+    of_sums = named(tokens=ctx.tokens, out=of_results["q"], rows=rows)
     return [
         Launch(SEND[width], grid, threads, arguments | of_ranks, shared, cluster=slices),
-        Launch(ADD_UP, add_grid, SKINNY_THREADS, out | named(groups=groups) | of_ranks),
+        Launch(ADD_UP, (ceil_div(rounded.shape[0] * ceil_div(rows, 8), 256),), 256, of_sums | of_ranks),
     ]
+
+
+def join_sums(steps: Sequence[list[Launch]]) -> None:
+    """Where a step ends with sums over ranks, and the next one begins by rounding them, let one kernel do both, at the
+    end of the first step. It writes to the memory of the next step, which nothing uses before.
+    """
+    for step, following in pairwise(steps):
+        if step and following and (step[-1].kernel, following[0].kernel) == (ADD_UP, ROUND):
+            sums, rounding = step[-1].arguments, following[0]
+            if rounding.arguments["x"] == sums["out"]:
+                of_ranks = {name: value for name, value in sums.items() if name not in ("tokens", "out", "rows")}
+                step[-1] = replace(rounding, kernel=ROUND_SUMS, arguments={**rounding.arguments, **of_ranks})
+                del following[0]
