@@ -156,7 +156,7 @@ def sums_rounded(
 ) -> float:
     """Sums of a linear step whose next kernel adds them up and rounds them for a linear step after a norm.
 
-    The same bits as kernels of their own give, in the sums and in the results after them.
+    The same sums as kernels of their own give, the same results after them within rounding, and the same on all ranks.
     """
     ranks = Ranks(machines, tokens, [1] * len(machines))
     rng = np.random.default_rng(8)
@@ -206,8 +206,12 @@ def sums_rounded(
                 a, b = machine.get(got, np.float32), machine.get(want, np.float32)
                 assert (a[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
                 assert np.isfinite(a[:tokens]).all()
-                wrong = a.view(np.uint32) != b.view(np.uint32)
-                assert not wrong.any(), f"{wrong.sum()} of {wrong.size} differ"
+                if got is one[0]:
+                    assert (a.view(np.uint32) == b.view(np.uint32)).all(), "sums differ"
+                else:  # a sum of squares may be rounded otherwise
+                    assert np.abs(a - b)[:tokens].max() <= 2**-22 * np.abs(b[:tokens]).max()
+                of_rank_0 = machines[0].get(results[0][values.index(one)][one.index(got)], np.float32)
+                assert (a.view(np.uint32) == of_rank_0.view(np.uint32)).all(), "ranks differ"
     return 0.0
 
 
@@ -304,7 +308,7 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 168)
     add("wide bf16, sums rounded, 35 of 40 tokens", sums_rounded, "bf16", 40, 35, 320, 168)
     add("wide f16, sums rounded, an odd number of rows", sums_rounded, "f16", 24, 18, 128, 45)
-    add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 264)
+    add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 288)
     add("wgmma f16, 150 of 160 tokens", linear_all_reduce, "f16", 160, 150, 64, 264)
     add("wgmma q4_0, 200 of 224 tokens", linear_all_reduce, "q4_0", 224, 200, 64, 130)
     add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)

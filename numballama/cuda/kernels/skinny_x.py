@@ -21,25 +21,18 @@ from ..intrinsics import (
     no_unroll,
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
-from .common import device, magnitude_bits
+from .common import device, magnitude_bits, max_registers
 from .dot import squared
 from .linear_sums import add_up_rows, link_of
 from .params import SKINNY_WARPS as WARPS
-from .reduce import block_sum, warp_sum
+from .reduce import warp_sum
 from .rounding import load4, scales_for, warp_largest_of
 
 
 @device
 def piece_of(x, start, norm, normed, k, inside, columns):
     """(a piece of a row of x from column k on, zeros if not `inside`; the norm's weight for it, or x again)."""
-    zero, even = np.float32(0), columns & 3 == 0
-    a, b = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    c, d = a, b
-    if inside:
-        a, b = load4(x, start, k, columns, even), load4(x, start, k + 4, columns, even)
-        if normed:
-            c, d = load4(norm, 0, k, columns, even), load4(norm, 0, k + 4, columns, even)
-    return a + b, c + d
+    return eight_of(x, start, k, inside, columns), eight_of(norm, 0, k, inside and normed, columns)
 
 
 @device
@@ -128,6 +121,7 @@ def skinny_round_kernel(
     put_words(rounded, at + 768, left - 768, words[3], lane + 96 < row_pieces)
 
 
+@max_registers(48)  # a block finds room beside those of `wide`
 @cuda.jit
 def wide_round_kernel(
     tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
@@ -138,13 +132,16 @@ def wide_round_kernel(
     """
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     t, i, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    first, row_pieces, count = cuda.blockIdx.y * slice_columns, slice_columns >> 3, tokens[0]
+    k0, k1 = first + 8 * i, first + 8 * (i + threads)
+    norm0, norm1 = norm_of(norm, normed, k0, columns), norm_of(norm, normed, k1, columns)
     griddepcontrol_wait()
-    if t >= tokens[0]:
+    if t >= count:
         return
-    first, row_pieces, start = cuda.blockIdx.y * slice_columns, slice_columns >> 3, t * columns
-    piece0 = piece_of(x, start, norm, normed, first + 8 * i, i < row_pieces, columns)
-    piece1 = piece_of(x, start, norm, normed, first + 8 * (i + threads), i + threads < row_pieces, columns)
-    round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces)
+    x0 = eight_of(x, t * columns, k0, i < row_pieces, columns)
+    x1 = eight_of(x, t * columns, k1, i + threads < row_pieces, columns)
+    round_pieces((x0, norm0), (x1, norm1), t, normed, rounded, padded, scales, squares, capacity, first, row_pieces,
+                 pieces)  # fmt: skip
 
 
 @cuda.jit
@@ -155,43 +152,50 @@ def wide_round_sums_kernel(
     """The same of sums over ranks of what the kernels of `wide` sent; they are written to x."""
     griddepcontrol_launch_dependents()
     t, i, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    first, row_pieces, count = cuda.blockIdx.y * slice_columns, slice_columns >> 3, tokens[0]
+    k0, k1 = first + 8 * i, first + 8 * (i + threads)
+    norm0, norm1 = norm_of(norm, normed, k0, columns), norm_of(norm, normed, k1, columns)
     link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
     griddepcontrol_wait()
-    if t >= tokens[0]:
+    if t >= count:
         return
-    first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
-    k0, k1 = first + 8 * i, first + 8 * (i + threads)
-    piece0 = summed_piece(link, x, t, norm, normed, k0, i < row_pieces, columns)
-    piece1 = summed_piece(link, x, t, norm, normed, k1, i + threads < row_pieces, columns)
-    round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces)
+    end = min(columns, first + slice_columns)
+    x0, x1 = add_up_rows(link, t, k0, k1, end, columns, x)
+    round_pieces((x0, norm0), (x1, norm1), t, normed, rounded, padded, scales, squares, capacity, first, row_pieces,
+                 pieces)  # fmt: skip
 
 
 @device
-def summed_piece(link, x, t, norm, normed, k, inside, columns):
-    """`piece_of` the sums over ranks, which are written to x."""
+def eight_of(x, start, k, inside, columns):
+    """x[start + k : start + k + 8], zeros from `columns` on and if not `inside`."""
     zero, even = np.float32(0), columns & 3 == 0
     a, b = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    c, d = a, b
-    if inside and k < columns:
-        if normed:  # no kernel writes the norm's weight
-            c, d = load4(norm, 0, k, columns, even), load4(norm, 0, k + 4, columns, even)
-        a, b = add_up_rows(link, t, k, columns, x)
-    return a + b, c + d
+    if inside:
+        a, b = load4(x, start, k, columns, even), load4(x, start, k + 4, columns, even)
+    return a + b
+
+
+@device
+def norm_of(norm, normed, k, columns):
+    """Eight elements of the norm's weight, which no kernel writes: they may be loaded before the wait."""
+    return eight_of(norm, 0, k, normed, columns)
 
 
 @device
 def round_pieces(piece0, piece1, t, normed, rounded, padded, scales, squares, capacity, first, row_pieces, pieces):
     """Round the two pieces that each thread has of the block's slice, from column `first` on, and write them."""
-    scratch, found = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
+    warp_squares, warp_largest = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
     i, threads = cuda.threadIdx.x, cuda.blockDim.x
+    lane, warps = i & 31, threads >> 5
     squares0, v0, largest0 = normed_piece(piece0, normed)
     squares1, v1, largest1 = normed_piece(piece1, normed)
-    largest = warp_largest_of(max(largest0, largest1))
-    if i & 31 == 0:
-        found[i >> 5] = largest
-    total = block_sum(squares0 + squares1, scratch)  # all threads have met
-    for warp in range(threads >> 5):
-        largest = max(largest, found[warp])
+    total, largest = warp_sum(squares0 + squares1), warp_largest_of(max(largest0, largest1))
+    if warps > 1:
+        if lane == 0:
+            warp_squares[i >> 5], warp_largest[i >> 5] = total, largest
+        cuda.syncthreads()
+        total = warp_sum(warp_squares[lane] if lane < warps else np.float32(0))
+        largest = warp_largest_of(warp_largest[lane] if lane < warps else np.int32(0))
     up, down = scales_for(largest)
     if i == 0:
         scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total

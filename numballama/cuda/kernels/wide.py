@@ -59,7 +59,7 @@ GROUPS = ROWS // 32
 @device
 def make_shared(width, stages, quantised, rank, slices):
     """The parts of a block's shared memory: (the ring, what the exchange of sums needs). The mbarriers are ready for
-    all threads of the cluster.
+    all threads of the block, and for those of the cluster that have waited at its barrier.
     """
     ring = make_ring(width, ROWS, stages, quantised)
     received = ring[4] + 8 * stages
@@ -72,7 +72,6 @@ def make_shared(width, stages, quantised, rank, slices):
         fence_mbarrier_init()
     cuda.syncthreads()
     barrier_cluster_arrive()
-    barrier_cluster_wait()
     return ring, (sums_at, factors_at, received, may_send, owned)
 
 
@@ -82,16 +81,25 @@ def put_factors(at, of_x, slices, width, first_token, tokens):
     scales, squares, capacity, normed, eps, columns = of_x
     n = np.int64(cuda.threadIdx.x)
     if n < width:
-        t, total, s = min(first_token + n, tokens - 1), np.float32(0), 0
-        while s < slices:
+        t, last, total = min(first_token + n, tokens - 1), slices - 1, np.float32(0)
+        for first in range(0, slices, 4):
             no_unroll()
-            total += squares[s * capacity + t]
-            s += 1
-        factor, s = norm_factor(total, normed, columns, eps), 0
-        while s < slices:
+            for s in range(first, first + 4):  # loads that do not wait for each other
+                square = squares[min(s, last) * capacity + t]
+                total += square if s < slices else np.float32(0)
+        factor = norm_factor(total, normed, columns, eps)
+        for first in range(0, slices, 4):
             no_unroll()
-            st_shared_u32(at + 4 * (s * width + n), float_as_uint(scales[s * capacity + t] * factor))
-            s += 1
+            a, b = scales[first * capacity + t], scales[min(first + 1, last) * capacity + t]
+            c, d = scales[min(first + 2, last) * capacity + t], scales[min(first + 3, last) * capacity + t]
+            to = at + 4 * (first * width + n)
+            st_shared_u32(to, float_as_uint(a * factor))
+            if first + 1 < slices:
+                st_shared_u32(to + 4 * width, float_as_uint(b * factor))
+            if first + 2 < slices:
+                st_shared_u32(to + 8 * width, float_as_uint(c * factor))
+            if first + 3 < slices:
+                st_shared_u32(to + 12 * width, float_as_uint(d * factor))
 
 
 @device
@@ -182,6 +190,7 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
     group, lower = (warp & 3, warp >> 2) if paired else (warp >> 1, warp & 1)
     to = sums_at + rank * UNIT_BYTES + lower * (UNIT_BYTES >> 1) + 16 * lane
     tile, slot, parity, before, phase = cuda.blockIdx.x, 0, 0, 0, 0
+    barrier_cluster_wait()
     griddepcontrol_wait()
     put_factors(factors_at, of_x, slices, width, first_token, tokens)
     barrier_sync(1, CONSUMERS)
@@ -258,6 +267,8 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
                     (rows, rows, kv_rows), first, first + steps, bias)  # fmt: skip
     elif cuda.threadIdx.x == CONSUMERS:
         load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, steps)
+    else:
+        barrier_cluster_wait()
 
 
 @max_registers(REGISTERS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from numba import cuda
 
 from ..barriers import mbarrier_wait
+from ..clusters import barrier_cluster_wait
 from ..intrinsics import griddepcontrol_wait, no_unroll
 from ..tma import copy_box, fence_tensormap, mbarrier_expect_tx
 from .block_decode import load_block
@@ -29,7 +30,6 @@ def load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, s
     row_tiles, kv_tiles = sections
     tile, slot, parity, k = cuda.blockIdx.x, 0, 0, 0
     early = min(stages, steps)
-    fence_tensormap(x_map)
     fence_tensormap(maps[0])
     if paired or kv_tiles > 0:
         fence_tensormap(maps[1])
@@ -40,6 +40,8 @@ def load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, s
         fetch_weights(base + k * stage + x_bytes, maps, paired, tile, row_tiles, kv_tiles, ROWS, (first + k) * STEP,
                       full + 8 * k)  # fmt: skip
         k += 1
+    fence_tensormap(x_map)
+    barrier_cluster_wait()
     griddepcontrol_wait()
     while tile < tiles:
         no_unroll()
@@ -77,6 +79,7 @@ def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides,
         raw0, raw1 = load_block(loads[0], mine), load_block(loads[1], mine)
         raw2, raw3 = load_block(loads[0], mine + 4), load_block(loads[1], mine + 4)
         if not started:
+            barrier_cluster_wait()
             griddepcontrol_wait()
             started = True
         k, block = first, mine + 8

@@ -124,7 +124,7 @@ def launch(
     of_sums = named(tokens=ctx.tokens, out=of_results["q"], rows=rows)
     return [
         Launch(SEND[width], grid, threads, arguments | of_ranks, shared, cluster=slices),
-        Launch(ADD_UP, (ceil_div(rounded.shape[0] * ceil_div(rows, 8), 256),), 256, of_sums | of_ranks),
+        Launch(ADD_UP, (ceil_div(rounded.shape[0] * ceil_div(rows, 16), 128),), 128, of_sums | of_ranks),
     ]
 
 

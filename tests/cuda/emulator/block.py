@@ -85,6 +85,8 @@ class Block:
         self.executed: dict[str, int] = {}
         self._looked: dict[str, bytes] = {}
         self.cluster: Cluster | None = None
+        self.arrived, self.gone = np.zeros(threads, bool), np.zeros(threads, bool)
+        """Threads that have arrived at the cluster's barrier, and those that have waited there."""
 
     def join(self, cluster: Cluster) -> None:
         """Run as a block of a cluster."""
@@ -144,11 +146,8 @@ class Block:
             return True
         if name == "barrier" and modifiers[0] == "cluster":
             self.counter[mask] = at + 1
-            if modifiers[1] == "arrive":
-                return False
-            assert self.cluster is not None and mask.all(), "a cluster's barrier wants all threads of its blocks"
-            self.cluster.meet()
-            return True
+            self._at_cluster_barrier(modifiers[1], active)
+            return modifiers[1] == "wait"
         if name in ("bar", "barrier"):
             self.counter[mask] = at + 1
             if len(statement.operands) > 1:
@@ -170,6 +169,20 @@ class Block:
             except Exception as error:
                 raise AssertionError(f"{statement.text}: {error}") from error
         return False
+
+    def _at_cluster_barrier(self, how: str, mask: np.ndarray) -> None:
+        """Threads arrive at the cluster's barrier, or wait there: all of a block arrive before one waits."""
+        assert self.cluster is not None, "no cluster"
+        if how == "arrive":
+            assert not (self.arrived & mask).any(), "a thread arrives a second time"
+            self.arrived |= mask
+            return
+        assert self.arrived.all(), "a cluster's barrier wants all threads of its blocks"
+        if not self.gone.any():
+            self.cluster.meet()
+        self.gone |= mask
+        if self.gone.all():
+            self.arrived[:] = self.gone[:] = False
 
     # Operands
 
