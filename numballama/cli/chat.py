@@ -75,7 +75,10 @@ def run_chat(arguments: argparse.Namespace) -> None:
         run_repl(RemoteChat(arguments.url, arguments.system), params, interactive)
         return
     with load(arguments) as model:
-        run_repl(model.chat(arguments.system, template=template, **variables), params, interactive)
+        chat = model.chat(arguments.system, template=template, **variables)
+        if interactive and chat.template.is_guess:
+            progress.info(f"{model.path.name} has no chat template, so it may not answer. Used: {chat.template.name}.")
+        run_repl(chat, params, interactive)
 
 
 def run_repl(chat: Chat | RemoteChat, params: SamplingParams, interactive: bool) -> None:
