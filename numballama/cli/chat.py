@@ -52,7 +52,7 @@ def add_chat(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama chat HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0",
         ),
     )
-    model = chat.add_argument("model", help=MODEL_HELP)
+    model = chat.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; left out with --url")
     chat.add_argument(
         "--url",
         action=in_place_of(model),
