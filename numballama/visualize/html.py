@@ -30,6 +30,7 @@ STYLE = """
 .numballama .head{font-size:15px;font-weight:600;overflow-wrap:anywhere}
 .numballama .muted{opacity:.72}
 .numballama .columns{display:flex;flex-wrap:wrap;gap:6px 36px;align-items:flex-start}
+.numballama .columns>div{min-width:0;max-width:100%}
 .numballama h4{font-size:13px;font-weight:600;margin:12px 0 3px}
 .numballama table{border-collapse:collapse;margin:0;font-size:12.5px;color:inherit;border:0;width:auto}
 .numballama th,.numballama td{padding:1px 14px 1px 0!important;border:0!important;text-align:right!important;

@@ -102,6 +102,20 @@ def test_words_without_style_sheets(browser: Browser, tmp_path: Path, name: str)
     assert browser.run(WIDEST) <= widest + 1
 
 
+@pytest.mark.parametrize("name", outputs())
+def test_a_narrow_page(browser: Browser, tmp_path: Path, name: str) -> None:
+    """What is wider than a phone scrolls by itself; nothing is cut off."""
+    browser.size(360, 740)
+    show(browser, tmp_path, "body{margin:8px}", outputs()[name])
+    # what scrolls does not widen the page; what is cut off by a frame ends outside it, and no ancestor scrolls
+    cut = (
+        "[...document.querySelectorAll('#output :is(td, th, svg, h4, p, div, summary)')].filter(each =>"
+        " each.checkVisibility() && each.getBoundingClientRect().right > 360 && !each.closest('.scroll, .wide'))"
+    )
+    assert browser.run(f"{cut}.map(each => each.outerHTML.slice(0, 80))") == []
+    browser.size(1280, 800)
+
+
 def test_a_card_of_a_token(browser: Browser, tmp_path: Path) -> None:
     """The likeliest tokens beside a token that has the focus; a card's words are in no other place."""
     show(browser, tmp_path, COLAB, fragment(sample(4)))
