@@ -13,7 +13,7 @@ import numballama
 from tests.helpers.chromium import chromium
 
 TEXT = "Once upon a time, there was a little girl named Lily."
-WIDTH, HEIGHT = 1240, 660
+WIDTH, HEIGHT = 1240, 682
 HALF = (
     "display: inline-block; vertical-align: top; box-sizing: border-box; width: 50%; padding: 0 14px; overflow: hidden;"
 )

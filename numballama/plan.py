@@ -70,7 +70,8 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(len(step.kernel.name) for step in self.steps)
-        lines = [f"plan of {self.graph.name} on {self.backend}, {self.workers} workers: {len(self.steps)} steps"]
+        workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        lines = [f"plan of {self.graph.name} on {self.backend}, {workers}: {len(self.steps)} steps"]
         for index, step in enumerate(self.steps):
             places = []
             for name in (*step.op.outputs, *(value.name for value in step.scratch)):

@@ -114,6 +114,8 @@ class WatchedProgram:
 
     def _print_steps(self, tokens: int, begin: int, end: int | None) -> None:
         steps = range(begin, len(self.graph.ops) if end is None else end)
+        if not steps:
+            return  # a first call that only starts the workers
         position = int(self.inputs["positions"][tokens - 1]) if "positions" in self.inputs else 0
         positions = f"positions {position - tokens + 1} to {position}" if tokens > 1 else f"position {position}"
         _print(f"run of {self.graph.name}: {positions}, steps {steps.start} to {steps.stop - 1}")

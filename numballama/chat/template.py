@@ -45,10 +45,13 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         name: str = "the chat template",
         tokens: Mapping[str, str] | None = None,
+        is_guess: bool = False,
     ) -> None:
         if len(source) > MAX_TEMPLATE:
             raise Error(f"{name} has {len(source):,} characters; supported are {MAX_TEMPLATE:,}")
         self.source, self.name = source, name
+        self.is_guess = is_guess
+        """A built-in one, for a model that has none."""
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         own = {word: tokenizer.piece(token) for word, token in ids.items() if token is not None}
         self._tokens = {**(tokens or {}), **own}
@@ -298,7 +301,7 @@ def choose(source: str | None, tokenizer: Tokenizer, tokens: Mapping[str, str] |
     special = tokenizer.special_tokens
     for builtin in BUILTIN_TEMPLATES:
         if all(token in special for token in builtin.special_tokens):
-            return ChatTemplate(builtin.source, tokenizer, f"{builtin.name} chat template", tokens)
+            return ChatTemplate(builtin.source, tokenizer, f"{builtin.name} chat template", tokens, is_guess=True)
     raise Error(
         "the model carries no chat template, and its vocabulary does not have the special tokens of a built-in one "
         f"({', '.join(builtin.name for builtin in BUILTIN_TEMPLATES)}): pass one, as template= or --chat-template"

@@ -38,8 +38,8 @@ SAMPLING_HELP = {
     "repetition_penalty": "above 1 makes recent tokens less likely",
     "seed": "the same seed gives the same text; -1: a random one",
     "stop": "end before this text; may be repeated",
-    "ignore_eos": "go on after the end of the text",
-    "special": "special tokens spelled out in the prompt are tokens",
+    "ignore_eos": "go on after an end-of-sequence token",
+    "special": "special tokens spelled out in the prompt (<|im_end|>) are tokens, not text",
 }
 """Fields of `SamplingParams` that are options, with their help."""
 
@@ -55,14 +55,19 @@ def model_options(command: argparse.ArgumentParser, **others: dict[str, Any]) ->
     cards |= {"help": "GPUs that share the model, from --device on (default 1)"}
     group.add_argument("--gpus", **cards | others.get("gpus", {}))
     dtypes = "convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
-    group.add_argument("--dtype", **{"help": dtypes} | others.get("dtype", {}))
+    group.add_argument("--dtype", **{"help": dtypes, "metavar": "TYPE"} | others.get("dtype", {}))
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     size = number | {"help": "size of the KV cache in tokens (default: the model's)"}
     group.add_argument("--context", **size | others.get("context", {}))
-    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default on CPUs), f16 (on GPUs), bf16 or q8_0")
+    group.add_argument(
+        "--kv-dtype",
+        metavar="TYPE",
+        help="type of the KV cache: f32 (default on CPUs), f16 (default on GPUs), bf16 or q8_0",
+    )
     group.add_argument(
         "--activations",
         default="f32",
+        metavar="TYPE",
         help="f32 (default), or int8: round them where weights are quantised, as llama.cpp does (CPU)",
     )
     group.add_argument(
@@ -83,6 +88,7 @@ def config_options(group: argparse._ActionsContainer) -> None:
     """Add options for values that some model files lack, and --quiet."""
     group.add_argument(
         "--rope-pairing",
+        metavar="KIND",
         help="interleaved (llama.cpp: normal) or half (neox), for a file that does not say",
     )
     group.add_argument("--rope-theta", type=float, metavar="X", help="RoPE's base, for a file that does not say")

@@ -30,11 +30,12 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         examples=(
             "numballama bench --prompt-tokens 64 --max-tokens 32",
             "numballama bench model.gguf --dtype q8_0 --json",
+            "numballama bench model.gguf --profile",
             "numballama bench model.gguf --gpus 1,2",
             "numballama bench model.gguf --context 512,2048 --sequences 1,4,16 --csv speed.csv --svg speed.svg",
         ),
     )
-    bench.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
+    bench.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} ({STORY_MODEL})")
     numbers: dict[str, Any] = {"type": listed(whole_number), "metavar": "N[,N]"}
     model_options(bench, context=numbers, threads=numbers, gpus=numbers | {"default": [1]})
     bench.add_argument("--prompt-tokens", default=[128], help="length of the prompt (default 128)", **numbers)
@@ -47,8 +48,12 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         choices=["llama.cpp"],
         help="also measure llama.cpp on the same GGUF file, one sequence (needs llama-cpp-python)",
     )
-    bench.add_argument("--profile", action="store_true", help="also a time line of one decode step, kernel by kernel")
-    bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
+    bench.add_argument(
+        "--profile",
+        action="store_true",
+        help="also where the time goes in a decode step and in the prompt: parts and kernels",
+    )
+    bench.add_argument("--trace", metavar="FILE", help="write the steps as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.add_argument("--csv", metavar="FILE", help="write a line for each combination")
     bench.add_argument("--svg", metavar="FILE", help="write a picture of the speeds")

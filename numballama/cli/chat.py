@@ -52,7 +52,7 @@ def add_chat(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama chat HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0",
         ),
     )
-    model = chat.add_argument("model", help=MODEL_HELP)
+    model = chat.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; left out with --url")
     chat.add_argument(
         "--url",
         action=in_place_of(model),
@@ -75,7 +75,10 @@ def run_chat(arguments: argparse.Namespace) -> None:
         run_repl(RemoteChat(arguments.url, arguments.system), params, interactive)
         return
     with load(arguments) as model:
-        run_repl(model.chat(arguments.system, template=template, **variables), params, interactive)
+        chat = model.chat(arguments.system, template=template, **variables)
+        if interactive and chat.template.is_guess:
+            progress.info(f"{model.path.name} has no chat template, so it may not answer. Used: {chat.template.name}.")
+        run_repl(chat, params, interactive)
 
 
 def run_repl(chat: Chat | RemoteChat, params: SamplingParams, interactive: bool) -> None:

@@ -20,7 +20,7 @@ FILES = ("model", "source", "target", "kl")
 def add_completion(commands: argparse._SubParsersAction[Parser]) -> None:
     completion = commands.add_parser(
         "completion",
-        help="a script with which a shell completes commands",
+        help="print a script with which a shell completes commands",
         description="Print a script with which a shell completes commands, options and files. Write it to where the "
         "shell looks for such scripts, and again after an update of numballama.",
         examples=(
@@ -29,7 +29,7 @@ def add_completion(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama completion fish > ~/.config/fish/completions/numballama.fish",
         ),
     )
-    completion.add_argument("shell", choices=SHELLS, help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
     completion.set_defaults(run=run_completion)
 
 

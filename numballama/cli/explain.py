@@ -26,8 +26,8 @@ def add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html < text.txt",
         ),
     )
-    explain.add_argument("model", help=MODEL_HELP)
-    explain.add_argument("prompt", metavar="text", help="the text to explain; - reads it from stdin")
+    explain.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    explain.add_argument("prompt", metavar="TEXT", help="the text to explain; - reads it from stdin")
     explain.add_argument(
         "--logprobs", type=int, default=LOGPROBS, metavar="N", help=f"likeliest tokens to show (default {LOGPROBS})"
     )

@@ -26,8 +26,8 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama export model.gguf model-q4_k_m.gguf --to gguf --dtype q4_k --calibrate text.txt",
         ),
     )
-    export.add_argument("source", help=MODEL_HELP)
-    export.add_argument("target", help="the file to write; for safetensors a directory")
+    export.add_argument("source", metavar="SOURCE", help=MODEL_HELP)
+    export.add_argument("target", metavar="TARGET", help="the file to write; for safetensors a directory")
     export.add_argument(
         "--to",
         required=True,

@@ -52,7 +52,9 @@ def add_story(commands: argparse._SubParsersAction[Parser]) -> None:
         ),
     )
     opening = story.add_mutually_exclusive_group()
-    opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
+    opening.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="the story's opening; without one the model begins itself"
+    )
     opening.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
     story.add_argument("--model", metavar="FILE", help=f"{MODEL_HELP} ({STORY_MODEL})")
     model_options(story)
@@ -73,8 +75,10 @@ def add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
             'numballama generate llama2_7b.bin "The sky is" --tokenizer tokenizer.model',
         ),
     )
-    generate.add_argument("model", help=MODEL_HELP)
-    prompt = generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    generate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    prompt = generate.add_argument(
+        "prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin; left out with --input"
+    )
     batch = generate.add_argument_group("many prompts")
     batch.add_argument(
         "--input",

@@ -52,7 +52,7 @@ def parser() -> Parser:
         epilog="numballama COMMAND --help explains a command.",
         examples=("numballama story", "numballama chat --help"),
     )
-    main.add_argument("--version", action="version", version=f"numballama {__version__}")
+    main.add_argument("--version", action="version", version=f"numballama {__version__}", help="print the version")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_story, add_generate, add_chat, add_serve, add_inspect, add_explain, add_perplexity, add_bench, add_doctor,

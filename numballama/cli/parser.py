@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,8 +61,12 @@ class Formatter(argparse.HelpFormatter):
         if isinstance(action, argparse._SubParsersAction):
             self._action_max_length += 2  # argparse does not count that commands are indented
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Without breaks at hyphens: --max-sequences stays one word."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return indent + text if "\n" in text else super()._fill_text(text, width, indent)
+        return indent + text if "\n" in text else "\n".join(indent + line for line in self._split_lines(text, width))
 
 
 class Parser(argparse.ArgumentParser):

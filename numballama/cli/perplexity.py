@@ -28,7 +28,7 @@ def add_perplexity(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama perplexity model-q4_0.gguf text.txt --kl model-f16.gguf --json",
         ),
     )
-    command.add_argument("model", help=MODEL_HELP)
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("file", metavar="FILE", help="a text in UTF-8, of some thousand words")
     dtypes = (
         "convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0; a list (f16,q8_0,q4_0) gives a table, with "

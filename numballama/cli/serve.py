@@ -33,7 +33,7 @@ DEFAULTS = Settings()
 def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve = commands.add_parser(
         "serve",
-        help="an HTTP server with OpenAI's interface",
+        help="serve a model with OpenAI's interface and a page to chat on",
         description="Serve a model over HTTP: OpenAI's and Anthropic's interfaces, for many clients at once.",
         epilog="It listens on 127.0.0.1 unless --host says otherwise. Ctrl-C and SIGTERM let running requests end.",
         examples=(
@@ -41,7 +41,7 @@ def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
             "numballama serve model.gguf --host 0.0.0.0 --api-key-file keys.txt --tls-cert cert.pem --tls-key key.pem",
         ),
     )
-    serve.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
+    serve.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} ({STORY_MODEL})")
     group = serve.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="port (default 8000); 0: a free one")
@@ -69,7 +69,13 @@ def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     limits.add_argument(
         "--max-sequences", type=int, default=8, metavar="N", help="sequences that generate together (default 8)"
     )
-    limits.add_argument("--kv-tokens", type=int, metavar="N", help="KV cache of all sequences together, in tokens")
+    limits.add_argument(
+        "--kv-tokens",
+        type=int,
+        metavar="N",
+        help="KV cache of all sequences together, in tokens (default: --max-sequences times the context, less where "
+        "memory is short)",
+    )
     limits.add_argument(
         "--queue", type=int, metavar="N", help="sequences that may wait (default: 4 times --max-sequences)"
     )

@@ -2,6 +2,10 @@
 
 Colours are laid thinly over the page's own background, so that its own text colour is readable on a light and on a dark
 one. Orange is improbable, blue is probable: the colour-blind can tell them.
+
+Where a viewer drops style sheets (GitHub, and JupyterLab before a notebook is trusted), a reader still has the text,
+the likeliest tokens as a table, and attention in tenths: what the style sheet shows in a place of its own is in
+attributes, and what it hides can be read.
 """
 
 from __future__ import annotations
@@ -10,18 +14,19 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .terminal import heading
+from .terminal import heading, tenths
 from .tokens import INCOMPLETE, Alternative, ExplainedToken, visible
 
 if TYPE_CHECKING:
     from .explanation import Attention, Explanation, Lens
 
-LENS_TOKENS, ATTENTION_TOKENS = 48, 48
-"""How many of the last tokens the logit lens and attention show."""
+LENS_TOKENS, ATTENTION_TOKENS, TABLE_TOKENS = 48, 48, 48
+"""How many of the last tokens the logit lens, attention and the table show."""
 
 STYLE = """
 .nb-explain { font: 14px/1.45 system-ui, sans-serif; max-width: 72rem; padding-bottom: 1rem }
-.nb-explain h4 { font-size: 14px; margin: 1.1em 0 .4em }
+.nb-explain h4 { font-size: 14px; font-weight: 600; margin: 1.1em 0 .4em }
+.nb-explain summary { cursor: pointer; font-size: 13px }
 .nb-explain .note { opacity: .75; font-size: 12px; margin: .2em 0 }
 .nb-explain .text { font-size: 16px; line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 .nb-explain .token { position: relative; border-radius: 3px; padding: .15em 0; margin-right: 1px; cursor: default }
@@ -33,20 +38,24 @@ STYLE = """
 .nb-explain .token:hover .card, .nb-explain .token:focus .card { display: block }
 .nb-explain .card .row { display: grid; grid-template-columns: minmax(6em, auto) 6em 4em; gap: .7em }
 .nb-explain .card .chosen { font-weight: bold }
+.nb-explain .card [data-text]::before { content: attr(data-text) }
 .nb-explain .card .bar { height: .7em; align-self: center; background: #2878f0 }
 .nb-explain .card .figure { text-align: right; font-variant-numeric: tabular-nums }
 .nb-explain .wide { overflow-x: auto }
 .nb-explain .grid { border-collapse: separate; border-spacing: 1px; margin: 0; font-size: 12px; color: inherit;
   table-layout: auto; width: auto }
-.nb-explain .grid tr, .nb-explain .grid tr:hover { background: none !important }
-.nb-explain .grid th, .nb-explain .grid td { padding: 1px 4px; border: 0; text-align: left; font-weight: normal;
-  white-space: pre; line-height: 1.4; color: inherit }
+.nb-explain .grid thead, .nb-explain .grid tr, .nb-explain .grid tr:hover { background: none !important }
+.nb-explain .grid th, .nb-explain .grid td { padding: 1px 4px !important; border: 0 !important; font-weight: normal;
+  text-align: left !important; white-space: pre; line-height: 1.4; color: inherit }
+.nb-explain .likeliest td, .nb-explain .likeliest th { padding-right: 1.5em !important }
 .nb-explain .lens td, .nb-explain .lens th { max-width: 7em; overflow: hidden; text-overflow: ellipsis }
 .nb-explain .lens td { border-radius: 2px }
-.nb-explain .heat td { width: 13px; min-width: 13px; height: 13px; padding: 0 }
-.nb-explain .heat th { text-align: right; padding: 0 5px; line-height: 13px; max-width: 9em; overflow: hidden }
-.nb-explain .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 0;
-  max-height: 9em; vertical-align: top }
+.nb-explain .heat td { width: 13px; min-width: 13px; height: 13px; padding: 0 !important }
+.nb-explain .heat td span, .nb-explain .instead { display: none }
+.nb-explain .heat th { text-align: right !important; padding: 0 5px !important; line-height: 13px; max-width: 9em;
+  overflow: hidden }
+.nb-explain .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left !important;
+  padding: 4px 0 !important; max-height: 9em; vertical-align: top }
 .nb-explain .scale { display: inline-block; width: 9em; height: .8em; border-radius: 3px; vertical-align: middle }
 """
 
@@ -71,6 +80,7 @@ def fragment(explanation: Explanation) -> str:
         f'<p class="note">Probability of each token after those before it: 0 <span class="scale" style="background: '
         f'linear-gradient(to right, {", ".join(_by_probability(n / 8) for n in range(9))})"></span> 1. '
         "Point at a token, or move to it with Tab, for the likeliest in its place.</p>",
+        _likeliest(explanation),
     ]
     texts = [visible(token.text) for token in tokens]
     if explanation.attention is not None:
@@ -110,12 +120,38 @@ def _card(found: Iterable[Alternative], token: ExplainedToken | None = None, p: 
     if not rows:
         return ""
     entries = (
-        f'<span class="row{" chosen" if chosen else ""}"><span>{escape(visible(text))}</span>'
+        f'<span class="row{" chosen" if chosen else ""}"><span data-text="{escape(visible(text))}"></span>'
         f'<span class="bar" style="width: {100 * probability:.1f}%"></span>'
-        f'<span class="figure">{probability:.4f}</span></span>'
+        f'<span class="figure" data-text="{probability:.4f}"></span></span>'
         for text, probability, chosen in rows
     )
     return f'<span class="card" role="tooltip">{"".join(entries)}</span>'
+
+
+def _likeliest(explanation: Explanation) -> str:
+    """The cards as a table, for a touch screen, and where there are no cards."""
+    tokens = explanation.tokens
+    first = max(0, len(tokens) - TABLE_TOKENS)
+    rows = [
+        (visible(token.text), "" if token.probability is None else f"{token.probability:.4f}", token.alternatives)
+        for token in tokens[first:]
+    ]
+    if explanation.following:
+        rows.append(("after the text", "", explanation.following))
+    lines = "".join(
+        f'<tr><th scope="row">{escape(text)}</th><td>{probability}</td><td>{escape(_listed(found))}</td></tr>'
+        for text, probability, found in rows
+    )
+    headings = "".join(f'<th scope="col">{each}</th>' for each in ("token", "probability", "likeliest in its place"))
+    return (
+        f"<details><summary>The likeliest tokens as a table{_of_all(first, len(tokens))}</summary>"
+        f'<div class="wide"><table class="grid likeliest"><thead><tr>{headings}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div></details>"
+    )
+
+
+def _listed(found: Iterable[Alternative]) -> str:
+    return ", ".join(f"'{visible(each.text)}' {each.probability:.3f}" for each in found)
 
 
 def _attention(attention: Attention, texts: Sequence[str]) -> str:
@@ -126,14 +162,15 @@ def _attention(attention: Attention, texts: Sequence[str]) -> str:
     for row in range(first, len(texts)):
         cells = (
             f'<td style="background: {_by_weight(weight**0.5)}" '
-            f'title="{names[row]} → {names[column]}: {weight:.3f}"></td>'
+            f'title="{names[row]} → {names[column]}: {weight:.3f}"><span>{tenths(weight)}</span></td>'
             for column, weight in enumerate(attention.weights[row, first : row + 1].tolist(), first)
         )
         rows.append(f'<tr><th scope="row">{names[row]}</th>{"".join(cells)}</tr>')
     return (
         f"<h4>Attention of {heading(attention)}</h4>"
         f'<p class="note">A line for each token, a column for each token that it sees{_of_all(first, len(texts))}. '
-        "Blue grows with the root of the weight; point at a square for the weight.</p>"
+        "Blue grows with the root of the weight; point at a square for the weight."
+        '<span class="instead"> Numbers are tenths.</span></p>'
         f'<div class="wide"><table class="grid heat"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

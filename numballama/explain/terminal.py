@@ -94,7 +94,7 @@ def _attention(attention: Attention, texts: Sequence[str]) -> Iterator[Line]:
         yield [Span(f"the last {ATTENTION_TOKENS} of {len(texts)} tokens")]
     for row in range(first, len(texts)):
         weights = attention.weights[row, first : row + 1].tolist()
-        cells = (Span(f"{_tenths(weight)} ", _by_weight(weight**0.5)) for weight in weights)
+        cells = (Span(f"{tenths(weight)} ", _by_weight(weight**0.5)) for weight in weights)
         yield [_fitted(texts[row], LABEL_WIDTH), *cells]
 
 
@@ -103,7 +103,8 @@ def heading(attention: Attention) -> str:
     return f"layer {attention.layer}, {'mean of all heads' if attention.head is None else f'head {attention.head}'}"
 
 
-def _tenths(weight: float) -> str:
+def tenths(weight: float) -> str:
+    """A weight as a digit, or a dot for nearly nothing."""
     return "·" if weight < 0.05 else str(min(9, round(10 * weight)))
 
 

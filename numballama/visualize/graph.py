@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -178,7 +178,16 @@ def _draw_section(graph: Graph, section: Section, parts: dict[int, str]) -> str:
                     _Box([_renamed(value)], f"{value}, a result" if value.name in graph.outputs else str(value))
                 )
     dashed = [graph.values[name].kind == "state" for name in carried]
-    return _drawn(boxes, edges, [sources[name] for name in carried], dashed)
+    return _drawn(boxes, edges, [sources[name] for name in carried], dashed, _lines(graph, section))
+
+
+def _lines(graph: Graph, section: Section) -> Iterator[str]:
+    """The section as text: a line an op."""
+    for op in section.ops:
+        inputs = (
+            _label(value) if value.kind == "weight" else short_name(value.name) for value in graph.operands(op.inputs)
+        )
+        yield f"{', '.join(map(_label, graph.operands(op.outputs)))} = {op.kind}({', '.join(inputs)})"
 
 
 def _op_box(graph: Graph, op: Op, drawn: Iterable[str], colour: str) -> _Box:
@@ -199,7 +208,10 @@ def _op_box(graph: Graph, op: Op, drawn: Iterable[str], colour: str) -> _Box:
     return _Box(lines, "\n".join(title), colour)
 
 
-def _drawn(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool]) -> str:
+def _drawn(
+    boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool],
+    lines: Iterable[str],
+) -> str:  # fmt: skip
     layout = place([box.room for box in boxes], edges)
     heights = [0.0] * (max(layout.levels, default=-1) + 1)
     for box, level in zip(boxes, layout.levels, strict=True):
@@ -215,7 +227,7 @@ def _drawn(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[
     ]
     width = layout.width + 2 * MARGIN
     height = (tops[-1] + heights[-1] if tops else 0) + MARGIN
-    return svg(width, height, [*paths, *drawn])
+    return svg(width, height, [*paths, *drawn], lines)
 
 
 def _path(
@@ -251,6 +263,6 @@ def _box_svg(box: _Box, centre: float, top: float) -> str:
             texts.append(f'<text x="{x:.1f}" y="{top + box.height + 12:.1f}" class="m q">{escape(label)}</text>')
     title = "".join(escape(line) + "&#10;" for line in box.title.split("\n")).removesuffix("&#10;")
     return (
-        f'<g><title>{title}</title><rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" '
-        f'height="{box.height:.1f}" {look}/>{"".join(texts)}</g>'
+        f'<g><title>{title}</title>\n<rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" '
+        f'height="{box.height:.1f}" {look}/>{chr(10).join(texts)}</g>'
     )

@@ -2,6 +2,10 @@
 
 Text has the colour of the notebook, lines and fills are shades that are seen on light and on dark, so that no theme
 must be known. Nothing needs JavaScript: what folds is a `<details>`. Whatever comes from a file goes through `escape`.
+
+Some viewers take parts away. JupyterLab, before a notebook is trusted, drops style sheets and drawings but shows the
+words that were in them; GitHub drops style sheets and styles. So tables need no style, and beside a drawing stands its
+text: the style sheet hides the text and shows the drawing, which its own style hides.
 """
 
 from __future__ import annotations
@@ -26,15 +30,16 @@ STYLE = """
 .numballama .head{font-size:15px;font-weight:600;overflow-wrap:anywhere}
 .numballama .muted{opacity:.72}
 .numballama .columns{display:flex;flex-wrap:wrap;gap:6px 36px;align-items:flex-start}
+.numballama .columns>div{min-width:0;max-width:100%}
 .numballama h4{font-size:13px;font-weight:600;margin:12px 0 3px}
-.numballama table{border-collapse:collapse;margin:0;font-size:12.5px;color:inherit;border:0}
-.numballama th,.numballama td{padding:1px 14px 1px 0;border:0;text-align:right!important;white-space:nowrap;
- background:none;color:inherit;vertical-align:baseline;max-width:none}
-.numballama th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.4)}
+.numballama table{border-collapse:collapse;margin:0;font-size:12.5px;color:inherit;border:0;width:auto}
+.numballama th,.numballama td{padding:1px 14px 1px 0!important;border:0!important;text-align:right!important;
+ white-space:nowrap;background:none;color:inherit;vertical-align:baseline;max-width:none}
+.numballama th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.4)!important}
 .numballama .l{text-align:left!important}
 .numballama td.w{white-space:normal;overflow-wrap:anywhere}
-.numballama tr{background:none!important}
-.numballama tr.total td{border-top:1px solid rgba(128,128,128,.4)}
+.numballama thead,.numballama tr{background:none!important}
+.numballama tr.total td{border-top:1px solid rgba(128,128,128,.4)!important}
 .numballama .bar{display:flex;height:10px;border-radius:3px;overflow:hidden;margin:4px 0;
  background:rgba(128,128,128,.18)}
 .numballama .bar i{display:block;height:100%}
@@ -43,6 +48,8 @@ STYLE = """
 .numballama summary{cursor:pointer;padding:2px 0}
 .numballama summary:focus-visible{outline:2px solid #3f88d8;outline-offset:1px}
 .numballama .scroll{overflow-x:auto}
+.numballama .drawing{display:block!important}
+.numballama .instead{display:none}
 .numballama svg{display:block;color:inherit;max-width:100%;height:auto}
 .numballama svg text{fill:currentColor;font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 .numballama svg .m{font:10.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -103,11 +110,20 @@ def bar(shares: Iterable[tuple[str, float, str]]) -> str:
     return f'<div class="bar">{pieces}</div>'
 
 
-def svg(width: float, height: float, pieces: Iterable[str]) -> str:
-    """A drawing of these pixels. It shrinks a little where there is no room, then it gets a scroll bar."""
+def svg(width: float, height: float, pieces: Iterable[str], instead: Iterable[str] = ()) -> str:
+    """A drawing of these pixels. It shrinks a little where there is no room, then it gets a scroll bar.
+
+    The lines `instead` are read where the viewer drops style sheets. Pieces are on lines of their own, so that their
+    words stay apart where it drops drawings.
+    """
+    lines = "\n".join(escape(line) for line in instead)
+    text = f'<pre class="instead">{lines}</pre>' if lines else ""
+    drawing = "\n".join(pieces)
     return (
-        f'<div class="scroll"><svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{0.7 * width:.0f}px">{"".join(pieces)}</svg></div>'
+        f'{text}<div class="scroll drawing" style="display:none"><svg xmlns="http://www.w3.org/2000/svg" '
+        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'style="min-width:{0.7 * width:.0f}px" fill="currentColor" font-family="system-ui,sans-serif" font-size="11">'
+        f"{drawing}</svg></div>"
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..memory import format_bytes
-from .html import COLOURS, chip, escape, fold, frame, heading, svg, table
+from .html import COLOURS, chip, escape, fold, frame, heading, svg, table, text_table
 from .parts import PARTS, layer_of, parts_of_ops, short_name
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def draw_plan(plan: Plan) -> str:
     pieces = [
         heading(f"plan of {plan.graph.name} on {plan.backend}, {workers}", about),
         f"<div>{' &nbsp; '.join(chip(part) + part for part in PARTS if part in parts)}</div>",
-        _draw_map(plan, parts, 0, len(plan.steps), plan.arena_bytes),
+        _draw_map(plan, parts, 0, len(plan.steps), plan.arena_bytes, _lines(plan)),
     ]
     layer = [index for index, step in enumerate(plan.steps) if layer_of(step.op.outputs[0]) == 0]
     if layer and len(layer) < len(plan.steps):
@@ -52,7 +53,17 @@ def _top_of(plan: Plan, begin: int, end: int) -> int:
     )
 
 
-def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> str:
+def _lines(plan: Plan) -> list[str]:
+    """The map as text: where each value is. Layers like the first are left out."""
+    rows = [
+        (name, f"{place.nbytes:,}", f"{place.offset:,}", f"{place.first} to {place.last}")
+        for name, place in plan.placements.items()
+        if layer_of(name) in (None, 0)
+    ]
+    return text_table(["value", "bytes", "at", "steps"], rows)
+
+
+def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int, lines: Iterable[str] = ()) -> str:
     """SVG of steps [begin, end) from left to right, and offsets up to `top` upwards: a rectangle for each value.
 
     A rectangle has the colour of the part that writes the value, and its name where there is room.
@@ -75,11 +86,11 @@ def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> s
             text = f'<text x="{x + 3:.1f}" y="{y + h / 2 + 4:.1f}" class="m">{escape(label)}</text>'
         boxes.append(
             f"<g><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,}, steps {place.first} to "
-            f'{place.last}</title><rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" fill="{colour}" '
+            f'{place.last}</title>\n<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" fill="{colour}" '
             f'fill-opacity=".38" stroke="{colour}" stroke-width=".6"/>{text}</g>'
         )
     height = TOP + HEIGHT + BOTTOM
-    return svg(WIDTH, height, [_offsets(arena), *boxes, _ruler(plan, begin, end, width)])
+    return svg(WIDTH, height, [_offsets(arena), *boxes, _ruler(plan, begin, end, width)], lines)
 
 
 def _offsets(arena: int) -> str:
@@ -90,7 +101,7 @@ def _offsets(arena: int) -> str:
         marks.append(
             f'<path d="M{LEFT - 4},{y:.1f} H{WIDTH - 4}" stroke="currentColor" stroke-opacity=".18"/>'
             f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end" class="q">'
-            f"{format_bytes(arena * quarter / 4) if quarter else 0}</text>"
+            f"{format_bytes(arena * quarter / 4) if quarter else 0}</text>\n"
         )
     return "".join(marks)
 
@@ -107,7 +118,7 @@ def _ruler(plan: Plan, begin: int, end: int, width: float) -> str:
     if end - begin <= 12 and max(map(len, names)) * TEXT <= width / len(ops) * 2:
         for index, name in enumerate(names):
             line = y + 14 + 13 * (index % 2)  # in two lines, so that neighbours do not touch
-            marks.append(f'<text x="{x(begin + index) + 2:.1f}" y="{line}" class="q">{escape(name)}</text>')
+            marks.append(f'<text x="{x(begin + index) + 2:.1f}" y="{line}" class="q">{escape(name)}</text>\n')
         return "".join(marks)
     free = 0.0
     for index, op in enumerate(ops, begin):
@@ -116,7 +127,7 @@ def _ruler(plan: Plan, begin: int, end: int, width: float) -> str:
             continue
         marks.append(f'<path d="M{x(index):.1f},{y} v5" stroke="currentColor" stroke-opacity=".6"/>')
         if x(index) >= free:
-            marks.append(f'<text x="{x(index) + 2:.1f}" y="{y + 15}" class="q">layer {layer}</text>')
+            marks.append(f'<text x="{x(index) + 2:.1f}" y="{y + 15}" class="q">layer {layer}</text>\n')
             free = x(index) + 56
     marks.append(f'<text x="{WIDTH - 4}" y="{y + 29}" text-anchor="end" class="q">steps {begin} to {end - 1} →</text>')
     return "".join(marks)

@@ -80,6 +80,11 @@ def _text(prompt: str, texts: dict[int, str]) -> str:
 
 
 def _html(prompt: str, texts: dict[int, str], state: str) -> str:
-    opening = f'<span class="muted">{escape(prompt, lines=True)}</span>' if prompt else ""
-    parts = [f'<div class="text">{opening}{escape(text, lines=True)}</div>' for _, text in sorted(texts.items())]
+    opening = f'<span class="muted">{_broken(prompt)}</span>' if prompt else ""
+    parts = [f'<div class="text">{opening}{_broken(text)}</div>' for _, text in sorted(texts.items())]
     return frame(f'{"<hr>".join(parts)}<div class="muted">{escape(state)}</div>')
+
+
+def _broken(text: str) -> str:
+    """Text whose lines end where they must, also in a viewer that drops style sheets."""
+    return escape(text, lines=True).replace("\n", "<br>")

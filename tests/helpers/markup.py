@@ -35,7 +35,7 @@ class Element:
     def text(self) -> str:
         """What is read: the text of the element, of its children and of theirs, without style sheets and tooltips."""
         shown = (piece for piece in self.pieces if isinstance(piece, str) or piece.tag not in ("style", "title"))
-        return "".join(piece if isinstance(piece, str) else piece.text for piece in shown)
+        return "\n" if self.tag == "br" else "".join(each if isinstance(each, str) else each.text for each in shown)
 
     def number(self, name: str) -> float:
         return float(self.attributes[name])

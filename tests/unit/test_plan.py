@@ -235,6 +235,7 @@ def test_plan_prints_steps_offsets_and_savings() -> None:
     text = str(plan)
     lines = text.splitlines()
     assert lines[0] == f"plan of llama, 1 token on cpu, 2 workers: {len(plan.steps)} steps"
+    assert str(lower(plan.graph, "cpu")).startswith("plan of llama, 1 token on cpu, 1 worker: ")
     for index, (line, step) in enumerate(zip(lines[1:-1], plan.steps, strict=True)):
         assert line.split()[:2] == [str(index), step.kernel.name]
         for name in step.op.outputs:

@@ -58,6 +58,7 @@ def test_levels(
     lines = re.findall(rf"^ +\d+ +[\d,.]+ µs +[\d,]+ bytes  {kernel} \(\w+\) → \S+: f32\[.*\]", shown.err, re.MULTILINE)
     assert lines, shown.err[-2000:]
     assert "positions 0 to 3, steps 0 to" in shown.err and "µs in all" in shown.err
+    assert "steps 0 to -1" not in shown.err, "a run of no steps is not printed"
 
 
 def test_other_values_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ FIGURES = r"(\d[\d,]*) tokens read, (\d[\d,]*) from the cache; (\d+) written, [\
 @pytest.mark.slow
 def test_a_conversation(path: Path) -> None:
     with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 8) as t:
+        t.wait_for(r"has no chat template, so it may not answer\. Used: ChatML chat template\.")
         t.wait_for(r"/help lists the commands[\s\S]*> ")
         figures = []
         for text in ("hello " * 12, "and then?"):

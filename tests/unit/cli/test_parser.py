@@ -46,6 +46,20 @@ def test_help_has_two_examples(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert len(examples) >= 2 and all(f"  {example}\n" in done.out for example in examples)
 
 
+@pytest.mark.parametrize("name", commands())
+def test_help_is_as_the_documentation_writes_it(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments and values are in capitals, and words stay whole."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call(capsys, name, "--help").out
+    words = shown.partition("[options]")[2].partition("\n\n")[0].split()
+    assert all(word.isupper() for word in words)
+    options, _, _ = shown.partition("\nexamples:\n")
+    assert not re.search(r"\w-\n", options), "no word is broken at a hyphen"
+    assert not re.search(r"--[a-z-]+ [A-Z]+_", options), "no name of a variable stands for a value"
+
+
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
 def test_examples_are_understood(name: str, example: str) -> None:
     words, _, _ = words_of(example)
@@ -109,7 +123,7 @@ def test_most_examples_run() -> None:
         ("story --temperature warm", "argument --temperature: must be a number, found 'warm'"),
         ("story --max-tokens x", "argument --max-tokens: must be a whole number, found 'x'"),
         ("story --opening dragno", "unknown 'dragno'; did you mean dragon? (choose from once, dragon,"),
-        ("generate model.gguf", "the following arguments are required: prompt"),
+        ("generate model.gguf", "the following arguments are required: PROMPT"),
         ("generate model.gguf --prompt=hi", "unknown option --prompt: the prompt is given without an option"),
         ("generate -m model.gguf -p hi", "unknown option -m: the model is given without an option"),
         ("export -m a.gguf --outfile b.gguf --to gguf", "unknown option -m: the source is given without an option"),

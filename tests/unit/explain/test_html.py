@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from numballama.explain.explanation import Explanation
-from numballama.explain.html import ATTENTION_TOKENS, LENS_TOKENS, fragment, page
+from numballama.explain.html import ATTENTION_TOKENS, LENS_TOKENS, TABLE_TOKENS, fragment, page
+from tests.helpers.markup import parsed
+from tests.helpers.viewers import shown_by_github
 from tests.unit.explain.samples import CONTROLS, HOSTILE, sample
 
 VOID = {"meta"}
@@ -77,16 +79,36 @@ def test_a_newline_ends_a_line() -> None:
 
 def test_attention_is_a_triangle() -> None:
     reader = read(fragment(sample(6)))
-    titles = [str(attrs["title"]) for tag, attrs in reader.elements if tag == "td" and "→" in str(attrs["title"])]
+    titles = [str(attrs["title"]) for tag, attrs in reader.elements if tag == "td" and "→" in str(attrs.get("title"))]
     assert len(titles) == 6 * 7 // 2
     assert titles[0] == "<s> → <s>: 1.000" and titles[-1] == " a →  a: 0.167"
+
+
+def test_what_a_viewer_without_style_sheets_shows() -> None:
+    """Nothing of the cards; the likeliest tokens as a table, and attention in tenths."""
+    root = shown_by_github(parsed(fragment(sample(4))))
+    running, *_ = root.all("p")
+    assert running.text == f"<s>\\x1b[31m\\u202e{HOSTILE}↵\n a …"
+    tables = [[[cell.text for cell in row.children] for row in each.all("tr")] for each in root.all("table")]
+    likeliest, attention, _ = tables
+    found = f"'{HOSTILE}' 0.500, ''&' 0.250"
+    assert likeliest == [
+        ["token", "probability", "likeliest in its place"],
+        ["<s>", "", ""],
+        ["\\x1b[31m\\u202e", "0.1250", found],
+        [f"{HOSTILE}\\n", "0.2500", found],
+        [" a", "0.9000", found],
+        ["after the text", "", found],
+    ]
+    assert [row[1:] for row in attention[1:]] == [["9"], ["5", "5"], ["3", "3", "3"], ["2", "2", "2", "2"]]
+    assert "Numbers are tenths." in root.text
 
 
 def test_a_long_text_shows_the_end_of_attention_and_lens() -> None:
     html = fragment(sample(500))
     reader = read(html)
     cells = [attrs for tag, attrs in reader.elements if tag == "td"]
-    assert len(cells) == ATTENTION_TOKENS * (ATTENTION_TOKENS + 1) // 2 + 2 * LENS_TOKENS
+    assert len(cells) == ATTENTION_TOKENS * (ATTENTION_TOKENS + 1) // 2 + 2 * LENS_TOKENS + 2 * (TABLE_TOKENS + 1)
     assert f"the last {LENS_TOKENS} of 500 tokens" in html
     assert len(html) < 2_000_000
 

@@ -11,6 +11,7 @@ from numballama.quantization.types import F16, F32
 from numballama.visualize.graph import draw_graph
 from tests.helpers.graphs import SMALL, graphs, llama
 from tests.helpers.markup import Element, parsed, tags
+from tests.helpers.viewers import shown_by_github, shown_by_jupyterlab
 
 
 def titles(root: Element) -> list[str]:
@@ -50,6 +51,26 @@ def test_layers_that_are_alike_are_one_fold() -> None:
     assert not [text for text in texts(layers) if "layers." in text]
     dashed = [path for path in layers.all("path") if "stroke-dasharray" in path.attributes]
     assert len(dashed) == 2, "keys and values of the cache"
+
+
+def test_the_text_beside_a_drawing() -> None:
+    """What JupyterLab shows before a notebook is trusted: a line an op, and none of the drawing's words."""
+    graph = llama(tokens=3)
+    shown = shown_by_jupyterlab(parsed(draw_graph(graph)))
+    lines = "".join(f"{each.text}\n" for each in shown.all("pre")).splitlines()
+    assert len(lines) == len([op for op in graph.ops if "layers.1." not in op.outputs[0]])
+    assert "q: f32[3, 16] = linear(attn_in, wq: f32[16, 16])" in lines
+    assert "v_cache' = kv_write(v, v_cache, positions, sequences, page_table)" in lines
+    assert lines[-1] == "next: i32[1] = argmax(logits)"
+    assert shown.text.count("wq: f32[16, 16]") == 1 and not any("layers.0." in line for line in lines)
+
+
+def test_a_drawing_needs_no_style_sheet() -> None:
+    """GitHub drops it: words must have the page's colour, and fit their boxes."""
+    for svg in shown_by_github(parsed(draw_graph(llama()))).all("svg"):
+        assert svg.attributes["fill"] == "currentColor"
+        assert svg.number("font-size") <= 11 and "sans-serif" in svg.attributes["font-family"]
+        assert all("fill" in each.attributes for each in (*svg.all("rect"), *svg.all("path")))
 
 
 def test_layers_that_differ_are_two_folds() -> None:

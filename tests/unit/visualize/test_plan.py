@@ -11,6 +11,7 @@ from numballama.plan import lower
 from numballama.visualize.plan import HEIGHT, LEFT, TOP, WIDTH
 from tests.helpers.graphs import graphs, llama
 from tests.helpers.markup import Element, parsed, tags
+from tests.helpers.viewers import shown_by_jupyterlab
 
 
 def places(svg: Element) -> dict[str, Element]:
@@ -53,6 +54,21 @@ def test_the_plan_of_a_model(backend: str) -> None:
     rows = [[cell.text for cell in row.children] for row in root.all("tr")]
     assert rows[2][:3] == ["1", "embedding", "embedding"], "the steps, with their kernels"
     assert len(rows) - 1 == len([step for step in plan.steps if "layers.1." not in step.op.outputs[0]])
+
+
+def test_the_text_beside_a_map() -> None:
+    """What JupyterLab shows before a notebook is trusted: where each value is, and none of the map's words."""
+    plan = lower(fuse(llama(), "cpu"), "cpu")
+    shown = shown_by_jupyterlab(parsed(plan._repr_html_()))
+    (text,) = shown.all("pre")
+    headings, *rows = (line.split(maxsplit=3) for line in text.text.splitlines())
+    assert headings == ["value", "bytes", "at", "steps"]
+    places = {name: place for name, place in plan.placements.items() if not name.startswith("layers.1.")}
+    assert rows == [
+        [name, f"{place.nbytes:,}", f"{place.offset:,}", f"{place.first} to {place.last}"]
+        for name, place in places.items()
+    ]
+    assert "layers.1." not in shown.text and "steps 0 to" not in shown.text
 
 
 def test_names_are_escaped() -> None:

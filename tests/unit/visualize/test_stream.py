@@ -45,6 +45,12 @@ def test_several_texts_are_kept_apart() -> None:
     assert text == "px\n\npy" and page.startswith("pxpylength; stop; 2 tokens")
 
 
+def test_lines_end_without_a_style_sheet() -> None:
+    pages: list[str] = []
+    update_cell(responses("b\nc"), "a\n", lambda text, page: pages.append(page))
+    assert ">a<br></span>b<br>c</div>" in pages[-1]
+
+
 def test_what_a_model_writes_is_only_text() -> None:
     pages: list[str] = []
     update_cell(responses(HOSTILE, finish_reason="stop"), HOSTILE, lambda text, page: pages.append(page))
