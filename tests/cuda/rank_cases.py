@@ -151,6 +151,54 @@ def linear_all_reduce(
     return 0.0
 
 
+def kernels_in_turn(machines: Sequence[Any], kind: str, counts: Sequence[int], columns: int, width: int) -> float:
+    """Linear steps of these numbers of tokens, whose kernels lay out the inbox in their own ways, one after the other:
+    each finds it as it needs it, in both halves.
+    """
+    ranks = Ranks(machines, 1, [1] * len(machines))
+    rng = np.random.default_rng(10)
+    launches: list[list[Launch]] = []
+    alone: list[list[Launch]] = []
+    results, parts, of_turns = [], [], []
+    for rank, machine in enumerate(machines):
+        matrix, _ = upload(machine, rng.standard_normal((width, columns)) * columns**-0.5, kind)
+        peers, made, single = machine.ctx.peers, list[list[Launch]](), list[Launch]()
+        results.append([])
+        parts.append([])
+        for turn, rows in enumerate(counts):
+            machine.ctx = replace(machine.ctx, tokens=machine.put(np.array([rows], np.int32), "i32"))
+            x = machine.put(rng.standard_normal((rows, columns)).astype(np.float32), "f32")
+            out, part = (machine.put(np.zeros((rows, width), np.float32), "f32") for _ in range(2))
+            operands = [x, matrix, peers.exchange, peers.arrivals]
+            made.append(
+                launches_of(
+                    machine, "linear_all_reduce", ["f32", kind, "f32", "i32"], operands, [out], rank=rank, half=turn & 1
+                )
+            )
+            single += launches_of(machine, "linear", ["f32", kind], [x, matrix], [part])
+            results[-1].append(out)
+            parts[-1].append(part)
+        of_turns.append(made)
+        launches.append([launch for each in made for launch in each])
+        alone.append(single)
+    if isinstance(machines[0], RealRank):  # as in `linear_all_reduce`
+        for turn in range(len(counts)):
+            ranks.execute([made[turn] for made in of_turns])
+    else:
+        ranks.execute(launches)
+    for machine, single in zip(machines, alone, strict=True):
+        machine.execute(single)
+    for turn in range(len(counts)):
+        own = [machine.get(each[turn], np.float32) for machine, each in zip(machines, parts, strict=True)]
+        total = own[0]
+        for part in own[1:]:
+            total = total + part
+        for machine, outs in zip(machines, results, strict=True):
+            wrong = machine.get(outs[turn], np.float32).view(np.uint32) != total.view(np.uint32)
+            assert not wrong.any(), f"{counts[turn]} tokens: {wrong.sum()} of {wrong.size} results differ"
+    return 0.0
+
+
 def sums_rounded(
     machines: Sequence[Any], kind: str, rows: int, tokens: int, columns: int, width: int, times: int = 3
 ) -> float:
@@ -306,6 +354,8 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("linear bf16, 13 of 16 tokens", linear_all_reduce, "bf16", 16, 13, 336, 72)
     add("wide f16, 20 of 24 tokens", linear_all_reduce, "f16", 24, 20, 1024, 136)
     add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 168)
+    turns = 1, 12, 24, 136, 24, 24, 12, 12, 136, 1, 24, 136
+    add("kernels in turn f16", kernels_in_turn, "f16", turns, 64, 160)
     add("wide bf16, sums rounded, 35 of 40 tokens", sums_rounded, "bf16", 40, 35, 320, 168)
     add("wide f16, sums rounded, an odd number of rows", sums_rounded, "f16", 24, 18, 128, 45)
     add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 288)

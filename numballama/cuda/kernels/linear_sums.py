@@ -199,11 +199,19 @@ def send_rows(link, token, row, tokens, rows, eight):
     inbox_at, slot, _, peers, _, rank, ranks = link
     (a, b, c, d), (e, f, g, h) = eight
     if token < tokens and row < rows:
-        place = inbox_at + rank * slot + place_of_rows(token, row, rows)
+        place = inbox_at + place_of_rows(token, row, rows)
         for other in range(ranks):
-            to = peers[other] + place
+            to = peers[other] + place + slot_of(rank, other, ranks) * slot
             st_relaxed_v4_u32(to, number_to_send(a), number_to_send(b), number_to_send(c), number_to_send(d))
             st_relaxed_v4_u32(to + 16, number_to_send(e), number_to_send(f), number_to_send(g), number_to_send(h))
+
+
+@device
+def slot_of(rank, of_rank, ranks):
+    """The number of the slot for what a rank sends in rows to `of_rank`: of its own numbers the one after all slots. In
+    the slots of ranks, who reads does not make its own numbers' places empty.
+    """
+    return ranks if rank == of_rank else rank
 
 
 @device
@@ -233,19 +241,26 @@ def clear(place, here):
 @device
 def add_up_rows(link, token, row0, row1, end, rows, out):
     """The sums over all ranks, in their order, of eight rows of a token from `row0` on and of eight from `row1` on;
-    zeros from `end` on. They are also written to out [T, rows]. This rank's numbers are there when it comes here.
+    zeros from `end` on. They are also written to out [T, rows].
 
-    All loads of a rank, and of two ranks, are in flight together: one after the other each takes 0.7 µs.
+    It may be called before the wait for the kernel that sends: this rank's numbers are waited for as the others' are.
+    That kernel ends only when all that it sent has arrived, later than what this one needs. One lane of a warp looks
+    until the first number is there. Then all loads of two ranks are in flight together: each takes 0.7 µs.
     """
     inbox_at, slot, own, _, stop, rank, ranks = link
     here0, here1 = row0 < end, row1 < end
+    if here0 and cuda.threadIdx.x & 31 == 0:
+        first, looks = own + inbox_at + ranks * slot + place_of_rows(token, row0, rows), 0
+        while ld_relaxed_u32(first) == EMPTY and not is_ended(looks, stop):
+            looks += 1
+    cuda.syncwarp()
     place0 = own + inbox_at + place_of_rows(token, row0, rows)
     place1 = own + inbox_at + place_of_rows(token, row1, rows)
     sum0, sum1 = arrived(place0, False), arrived(place1, False)
     for other in range(0, ranks, 2):
         second, looks = min(other + 1, ranks - 1), 0
-        p0, p1 = place0 + other * slot, place1 + other * slot
-        q0, q1 = place0 + second * slot, place1 + second * slot
+        p, q = slot_of(other, rank, ranks) * slot, slot_of(second, rank, ranks) * slot
+        p0, p1, q0, q1 = place0 + p, place1 + p, place0 + q, place1 + q
         a0, a1, b0, b1 = arrived(p0, here0), arrived(p1, here1), arrived(q0, here0), arrived(q1, here1)
         while (
             is_missing(a0[0]) or is_missing(a0[1]) or is_missing(a1[0]) or is_missing(a1[1])
@@ -255,14 +270,14 @@ def add_up_rows(link, token, row0, row1, end, rows, out):
             a0, a1, b0, b1 = arrived(p0, here0), arrived(p1, here1), arrived(q0, here0), arrived(q1, here1)
         sum0 = a0 if other == 0 else (add4(sum0[0], a0[0]), add4(sum0[1], a0[1]))
         sum1 = a1 if other == 0 else (add4(sum1[0], a1[0]), add4(sum1[1], a1[1]))
-        clear(p0, here0 and other != rank)
-        clear(p1, here1 and other != rank)
+        clear(p0, here0)
+        clear(p1, here1)
         if second != other:
             sum0, sum1 = (
                 (add4(sum0[0], b0[0]), add4(sum0[1], b0[1])), (add4(sum1[0], b1[0]), add4(sum1[1], b1[1])),
             )  # fmt: skip
-            clear(q0, here0 and second != rank)
-            clear(q1, here1 and second != rank)
+            clear(q0, here0)
+            clear(q1, here1)
     return put_eight(out, token, row0, end, rows, sum0), put_eight(out, token, row1, end, rows, sum1)
 
 
@@ -305,10 +320,9 @@ def add_up_rows_kernel(tokens, out, rows, exchange, inbox_at, slot, peers, stop,
     griddepcontrol_launch_dependents()  # at once: the next weight's first bytes come while numbers cross the link
     link, pairs = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks), (rows + 15) >> 4
     i, count = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, tokens[0]
-    row = 16 * (i % pairs)
-    griddepcontrol_wait()
-    if i < count * pairs:
-        add_up_rows(link, i // pairs, row, row + 8, rows, rows, out)
+    row, end = 16 * (i % pairs), rows if i < count * pairs else 0
+    add_up_rows(link, i // pairs, row, row + 8, end, rows, out)
+    griddepcontrol_wait()  # a kernel must not end before the preceding one
 
 
 @cuda.jit

@@ -156,11 +156,11 @@ def wide_round_sums_kernel(
     k0, k1 = first + 8 * i, first + 8 * (i + threads)
     norm0, norm1 = norm_of(norm, normed, k0, columns), norm_of(norm, normed, k1, columns)
     link = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks)
-    griddepcontrol_wait()
+    end = min(columns, first + slice_columns) if t < count else 0
+    x0, x1 = add_up_rows(link, t, k0, k1, end, columns, x)
+    griddepcontrol_wait()  # before it writes what the preceding kernel reads
     if t >= count:
         return
-    end = min(columns, first + slice_columns)
-    x0, x1 = add_up_rows(link, t, k0, k1, end, columns, x)
     round_pieces((x0, norm0), (x1, norm1), t, normed, rounded, padded, scales, squares, capacity, first, row_pieces,
                  pieces)  # fmt: skip
 

@@ -33,13 +33,16 @@ RESULT_TOKENS = 2048
 """Tokens of a run whose linear steps exchange their results at most."""
 WIDEST = 256
 """Columns of the widest tile of results."""
+OWN_PART = RESULT_TOKENS // 128
+"""A rank's slot is so many times as large as the one after all slots, for its own results of up to 128 tokens."""
 
 
 def exchange_size(ranks: int, columns: int) -> int:
     """Float32 in a half of `exchange`: slots of each rank for words, for numbers with flags, and for results of linear
-    steps, which have `columns` columns.
+    steps, which have `columns` columns; then a smaller slot for the rank's own results.
     """
-    return ranks * (WORD_SLOT + FLAG_SLOT + 4 * result_numbers(columns)) // 4
+    numbers = result_numbers(columns)
+    return ranks * (WORD_SLOT + FLAG_SLOT + 4 * numbers) // 4 + numbers // OWN_PART
 
 
 def result_numbers(columns: int) -> int:
@@ -65,11 +68,12 @@ class Sums:
     @property
     def slot(self) -> int:
         """Bytes of a rank's results."""
-        return self.exchange.nbytes // 2 // self.arrivals.shape[0] - WORD_SLOT - FLAG_SLOT
+        ranks = self.arrivals.shape[0]
+        return (self.exchange.nbytes // 2 - ranks * (WORD_SLOT + FLAG_SLOT)) * OWN_PART // (ranks * OWN_PART + 1)
 
-    def hold(self, numbers: int) -> bool:
-        """Whether a rank's slot has room for this many numbers."""
-        return 4 * numbers <= self.slot
+    def hold(self, numbers: int, in_rows: bool = False) -> bool:
+        """Whether a rank's slot has room for this many numbers; with `in_rows` the smaller one for its own, too."""
+        return 4 * numbers <= (self.slot // OWN_PART if in_rows else self.slot)
 
     def arguments(self, ctx: LaunchContext) -> dict[str, Argument]:
         """The arguments of a kernel that adds up its own results."""

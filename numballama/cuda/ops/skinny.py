@@ -123,14 +123,15 @@ def _launch(
     """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values. Results of one
     weight are added up over ranks if there are `sums`.
     """
-    if sums and not sums.hold(round_up(weights[0].shape[0], SKINNY_ROWS) * round_up(x.shape[0], 8)):
-        return _launch(ctx, x, norm, eps, weights, outs, paired, residual, workspace) + sums.of(ctx, outs[0])
     first, tokens, columns = weights[0], x.shape[0], x.shape[1]
+    by_wide = wide.wanted(ctx, tokens, first.payload.dtype, columns)
+    if sums and not sums.hold(round_up(first.shape[0], SKINNY_ROWS) * round_up(tokens, 8), by_wide):
+        return _launch(ctx, x, norm, eps, weights, outs, paired, residual, workspace) + sums.of(ctx, outs[0])
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
     w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
     of_norm = named(normed=int(norm is not None), eps=eps, columns=columns)
     of_results = named(residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2])
-    if wide.wanted(ctx, tokens, first.payload.dtype, columns):
+    if by_wide:
         row_tiles, kv_tiles = wide.tiles_of(rows, kv_rows, paired)
         by_wgmma = wide.divide(row_tiles + 2 * kv_tiles, columns, ctx.n_sms)
         scales, squares = _of_slices(workspace, by_wgmma.slices, tokens)
