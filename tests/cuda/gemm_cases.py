@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -103,24 +104,22 @@ class Emulated:
         return self.programs[key]
 
     def execute(self, launches: Sequence[Any]) -> None:
+        for launch in launches:
+            self.run(launch)
+
+    def run(self, launch: Any, preceding: Event | None = None) -> None:
+        """Run a launch. `preceding` is set when the launch before it has ended, if it had not."""
         from numballama.cuda.launch import Array, TensorMap
 
-        for launch in launches:
-            program = self.program_of(launch)
-            arguments = [
-                self.memory.put_map(a) if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
-                for a in launch.arguments.values()
-            ]
-            counts = run(
-                program,
-                self.memory,
-                launch.grid,
-                launch.threads,
-                arguments,
-                launch.shared_bytes,
-                max(1, launch.cluster),
-            )
-            self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
+        arguments = [
+            self.memory.put_map(a) if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
+            for a in launch.arguments.values()
+        ]
+        counts = run(
+            self.program_of(launch), self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes,
+            max(1, launch.cluster), preceding,
+        )  # fmt: skip
+        self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 
 
 class Real:

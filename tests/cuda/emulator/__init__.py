@@ -22,6 +22,7 @@ which threads execute it. Read operands by `_value(operand, type)`, write the re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Event
 from typing import Any
 
 from tests.cuda.emulator.block import Block
@@ -36,11 +37,12 @@ TOGETHER = 4096
 
 def run(
     program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any],
-    shared_bytes: int = 0, cluster: int = 1,
+    shared_bytes: int = 0, cluster: int = 1, preceding: Event | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Run all blocks of a launch, some at a time; those of a cluster, which are neighbours along z, together.
 
-    Returns how often each instruction was executed.
+    `preceding` is set when the kernel has ended that `griddepcontrol.wait` waits for. Returns how often each instruction
+    was executed.
     """
     grid = (*grid, 1, 1)[:3]
     assert grid[2] % cluster == 0, "a grid has whole clusters"
@@ -53,6 +55,8 @@ def run(
             ((x, y, z),) = of_each[0]
             of_each = [[(x, y, z + i)] for i in range(cluster)]
         blocks = [Block(program, memory, arguments, threads, each, grid, shared_bytes) for each in of_each]
+        for block in blocks:
+            block.preceding = preceding
         Cluster(blocks).run()
         for block in blocks:
             for name, count in block.executed.items():

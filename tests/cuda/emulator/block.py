@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.cuda.emulator.barriers import Barriers
-from tests.cuda.emulator.cluster import CLUSTER_SHIFT, Cluster
+from tests.cuda.emulator.cluster import CLUSTER_SHIFT, WAIT_S, Cluster
 from tests.cuda.emulator.program import (
     BASE,
     NUMPY,
@@ -85,6 +86,8 @@ class Block:
         self.executed: dict[str, int] = {}
         self._looked: dict[str, bytes] = {}
         self.cluster: Cluster | None = None
+        self.preceding: Event | None = None
+        """Set when the preceding kernel has ended; None if it had ended before this one began."""
         self.arrived, self.gone = np.zeros(threads, bool), np.zeros(threads, bool)
         """Threads that have arrived at the cluster's barrier, and those that have waited there."""
 
@@ -588,7 +591,8 @@ class Block:
         pass
 
     def _griddepcontrol(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        pass
+        if modifiers[0] == "wait" and self.preceding is not None:
+            assert self.preceding.wait(WAIT_S), "the preceding kernel does not end"
 
     def _arithmetic(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray, name: str) -> None:
         kind = self._kind(modifiers) if name != "ex2" else "f32"
