@@ -34,7 +34,7 @@ from ..intrinsics import (
     shared_address,
 )
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
-from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
+from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, prefetch_norm, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
 from .linear_sums import add_up, link_of, send
@@ -189,6 +189,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
         cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
+    prefetch_norm(norm, normed, 0, columns)
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:

@@ -50,7 +50,7 @@ from ..intrinsics import (
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
 from ..quant_traits import has_mins, has_scales, is_q4_1, is_q5_k, is_q6_k, scale_bytes
-from .common import add4, device, launch_bounds
+from .common import add4, device, launch_bounds, prefetch_norm
 from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k, record_bytes
 from .params import SKINNY_FUSED_UNITS as FUSED_UNITS
 from .params import SKINNY_PLANE_BYTES as PLANE
@@ -270,8 +270,9 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
         no_unroll()
         cursor = fetch_step(cursor, place, writing, w0, s0, bases, scale_bases, shape)
         writing += slot_bytes
-    griddepcontrol_wait()
     first_column = first_step * (32 * pieces)
+    prefetch_norm(norm, normed, first_column, min(columns, first_column + slice_steps * (32 * pieces)))
+    griddepcontrol_wait()
     if units <= FUSED_UNITS:
         round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, tokens[0], 8 * units, first_column,
                 columns, x_row, w0, x_at)  # fmt: skip

@@ -41,8 +41,8 @@ def run(
 ) -> dict[str, int]:  # fmt: skip
     """Run all blocks of a launch, some at a time; those of a cluster, which are neighbours along z, together.
 
-    `preceding` is set when the kernel has ended that `griddepcontrol.wait` waits for. Returns how often each instruction
-    was executed.
+    `preceding` is set when the kernel has ended that `griddepcontrol.wait` waits for. Returns how often each
+    instruction was executed.
     """
     grid = (*grid, 1, 1)[:3]
     assert grid[2] % cluster == 0, "a grid has whole clusters"

@@ -587,6 +587,9 @@ class Block:
     def _nanosleep(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         """Other blocks run meanwhile in any case."""
 
+    def _prefetch(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        self._bytes(self._address(operands[0])[mask], 4, False, mask)  # it must be memory
+
     def _fence(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         pass
 

@@ -305,6 +305,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
     "ld_global_v4_u32": lambda where: _words(simulation.load(where, 16)),
     "st_global_u32": _st_global_u32,
+    "prefetch_l2": lambda where: simulation.check(where, 4),
     "no_unroll": lambda: None,
     "griddepcontrol_wait": _griddepcontrol_wait,
     "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,
