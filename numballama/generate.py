@@ -127,6 +127,7 @@ class TextStreams:
     """A `TextStream` for each sequence of a request."""
 
     def __init__(self, decoder: Callable[[], Decoder], stop: Sequence[str], n: int) -> None:
+        self.n = n
         self._streams = [TextStream(decoder(), stop) for _ in range(n)]
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
@@ -149,6 +150,12 @@ def text_parts(request: Request[GenerationResponse], found: Sequence[Response | 
         part.tokens += tokens
         part.logprobs += [None] * len(tokens)
 
+    if isinstance(streams, TextStreams) and streams.n == 1:
+        tokens = [each[0] for each in found if type(each) is tuple]
+        others = len(found) - len(tokens)
+        if tokens and (not others or (others == 1 and type(found[-1]) is not tuple)):
+            add_plain(0, tokens)
+            found = found[len(tokens) :]  # none, or what ends the text
     for each in found:
         if type(each) is tuple:
             plain.setdefault(each[1], []).append(each[0])

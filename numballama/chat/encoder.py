@@ -85,7 +85,7 @@ class ConversationEncoder:
         A message's role is the template's own if it is a single word: "<|{{ role }}|>" writes a token.
         """
         given, values = plain_messages(messages), plain_variables(variables)
-        rendered = self.template.render(given, **values)
+        rendered = self.template.render_plain(given, **values)
         tokens = set() if special else set(self._overlapping.findall(rendered))
         if not tokens:
             return [(rendered, True)]
@@ -107,7 +107,7 @@ class ConversationEncoder:
         ):
             try:
                 marked = _marked_variables(values, mark)
-                again = self.template.render(_marked(given, mark, roles), **marked)
+                again = self.template.render_plain(_marked(given, mark, roles), **marked)
             except Error:  # it refuses what it does not know
                 continue
             spelled = _read_marks(again, marks)

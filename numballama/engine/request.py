@@ -266,3 +266,5 @@ class Request(Generic[R]):
 
     def __del__(self) -> None:
         self.cancel()  # takes no lock, so it is safe wherever the garbage collector runs
+        if self._state.done:
+            self._state.sequences = []  # they refer to it: without the cycle both are freed now

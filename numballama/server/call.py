@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from ..sampling import SamplingParams
@@ -29,7 +30,7 @@ class Call:
     """Requests with another salt share no pages of the KV cache: one for each API key."""
     arrived: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    key: str = field(default_factory=partial(secrets.token_hex, 16))
     """A part of the ids of its answers."""
     is_large: bool = False
     """Whether the body is so large that work on it takes long."""

@@ -12,7 +12,7 @@ from . import chat_core
 from .call import Call, chunk_writer, usage_chunk
 from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .content_tokens import Written
-from .http import DONE, JsonResponse, stream_of
+from .http import DONE, JsonResponse, dumps, stream_of
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
@@ -113,9 +113,22 @@ def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> A
     chunk = chunk_writer(call, CHUNK_KIND, name, with_usage)
     roles = (_choice(index, {"role": "assistant", "content": ""}, None) for index in range(chat.generation.choices))
 
+    # most chunks differ in a text alone
+    around = [
+        chunk(_choice(index, {"content": ""}, None)).rpartition(b'""') for index in range(chat.generation.choices)
+    ]
+
+    def written(found: ChatPiece) -> bytes:
+        if len(found.events) == 1 and found.finish_reason is None and not request.logprobs:
+            event = found.events[0]
+            if isinstance(event, Content):
+                before, _, after = around[found.choice]
+                return before + dumps(event.text) + after
+        return b"".join(map(chunk, _deltas(call, request, found)))
+
     async def parts() -> AsyncGenerator[bytes, None]:
         async for batch in chat.pieces():
-            yield b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found))
+            yield b"".join(map(written, batch))
 
     def last() -> bytes:
         return (usage_chunk(call, CHUNK_KIND, name, chat.usage()) if with_usage else b"") + DONE

@@ -76,7 +76,7 @@ class ChatAnswers:
         self.generation = generation
         self._content = [ContentTokens() for _ in parsers] if content_tokens else None
         self._parsers, self._one_call, self._only_calls = parsers, one_call, only_calls
-        self._custom = [CustomCalls(custom_tools) for _ in parsers]
+        self._custom = [CustomCalls(custom_tools) for _ in parsers] if custom_tools else []
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
@@ -126,8 +126,11 @@ class ChatAnswers:
             self._open.discard(choice)
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
-        merged = list(merge(self._custom[choice].convert(events, reason is not None)))
-        return ChatPiece(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)
+        if self._custom:
+            events = list(self._custom[choice].convert(events, reason is not None))
+        if len(events) > 1:
+            events = list(merge(events))
+        return ChatPiece(choice, events, piece.tokens, piece.logprobs, content, reason, stop_reason)
 
     def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
         """Events of a piece, token by token: tokens of reasoning are counted, those of content added to `content`."""

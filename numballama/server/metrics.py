@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,8 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineFigures(service))
-        self.http = Counter(
-            f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry
-        )
+        http = Counter(f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry)
+        self._answered = cache(http.labels)  # which looks for labels behind a lock
         self.reloads = Counter(
             f"{PREFIX}model_reloads", "Times that the model was loaded again", registry=self._registry
         )
@@ -75,6 +75,10 @@ class Metrics:
             ["model_name"],
             registry=self._registry,
         ).labels(name)
+
+    def answered(self, path: str, status: int) -> None:
+        """An HTTP request was answered. There are few different paths and states."""
+        self._answered(path, status).inc()
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""

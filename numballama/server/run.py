@@ -339,6 +339,9 @@ def curl_line(url: str, settings: Settings) -> str:
 
 def prepare_log(as_json: bool) -> None:
     """Write the log to stderr, as lines of text or of JSON."""
+    # Python's way not to look for the place, thread and process of each line, which none of them names
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     form = "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(form))
