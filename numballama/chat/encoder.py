@@ -86,11 +86,11 @@ class ConversationEncoder:
         """
         given, values = plain_messages(messages), plain_variables(variables)
         rendered = self.template.render_plain(given, **values)
-        tokens = set() if special else set(self._overlapping.findall(rendered))
-        if not tokens:
-            return [(rendered, True)]
-        parts = {character for token in tokens for character in _telling(token)}
         strings = list(_strings([given, values]))
+        if special or not self._any_part.search("".join(strings)):
+            return [(rendered, True)]
+        tokens = set(self._overlapping.findall(rendered))
+        parts = {character for token in tokens for character in _telling(token)}
         used = parts & set("".join(strings))
         if not used:
             return [(rendered, True)]
@@ -135,6 +135,12 @@ class ConversationEncoder:
     def _overlapping(self) -> re.Pattern[str]:
         """Matches in front of every control token; the token is the group."""
         return re.compile(f"(?={self._control.pattern})")
+
+    @cached_property
+    def _any_part(self) -> re.Pattern[str]:
+        """Matches a character that is a part of a control token."""
+        parts = {character for token in filter(None, self.tokenizer.special_tokens) for character in _telling(token)}
+        return re.compile(f"[{re.escape(''.join(parts))}]" if parts else r"(?!)")
 
     @cached_property
     def _starts(self) -> re.Pattern[str]:

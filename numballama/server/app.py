@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from . import chat, completions, messages, openapi, page, responses, tokens
 from .call import Call
-from .client import Client, ClientGoneError, body_is_late
+from .client import LOST, Client, ClientGoneError, body_is_late
 from .errors import ApiError, failed
 from .fields import MAX_PROMPTS, MAX_STOP, MAX_STOPS, Request, parse
 from .guard import KEY, Guard
@@ -140,7 +140,7 @@ class Post:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings, key = self._service.settings, scope.get(KEY)
         call = Call(self._service, None if key is None else f"key-{key}")
-        client = Client(receive)
+        client = Client(receive, scope.get(LOST))
         try:
             reading = read_body(Headers(scope=scope), receive, settings.max_body)
             body = await client.run(reading, settings.body_timeout_s, body_is_late)

@@ -126,14 +126,13 @@ def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> A
                 return before + dumps(event.text) + after
         return b"".join(map(chunk, _deltas(call, request, found)))
 
-    async def parts() -> AsyncGenerator[bytes, None]:
-        async for batch in chat.pieces():
-            yield b"".join(map(written, batch))
+    def write(batch: list[ChatPiece]) -> bytes:
+        return b"".join(map(written, batch))
 
     def last() -> bytes:
         return (usage_chunk(call, CHUNK_KIND, name, chat.usage()) if with_usage else b"") + DONE
 
-    return stream_of(b"".join(map(chunk, roles)), parts(), lambda: chat.ended, last)
+    return stream_of(b"".join(map(chunk, roles)), chat.pieces(), write, lambda: chat.ended, last)
 
 
 def _deltas(call: Call, request: ChatRequest, found: ChatPiece) -> list[dict[str, Any]]:

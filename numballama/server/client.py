@@ -19,6 +19,11 @@ from .errors import ApiError
 T = TypeVar("T")
 
 
+LOST = "numballama.lost"
+"""Where an ASGI scope may hold a function that takes another one: what to call when the connection is lost."""
+WhenLost = Callable[[Callable[[], None]], None]
+
+
 class ClientGoneError(Exception):
     """The client has closed its connection: nobody reads an answer."""
 
@@ -58,12 +63,15 @@ class Section:
 
 
 class Client:
-    """Who waits for the answer to a request. `watch` when its body has been read, and `close` in the end."""
+    """Who waits for the answer to a request. `watch` when its body has been read, and `close` in the end.
 
-    def __init__(self, receive: Receive) -> None:
+    `when_lost`: what the scope holds as `LOST`. Without it a task waits for the end of the connection.
+    """
+
+    def __init__(self, receive: Receive, when_lost: WhenLost | None = None) -> None:
         self.gone = False
         """Whether it has closed its connection, as far as `watch` has seen."""
-        self._receive = receive
+        self._receive, self._when_lost = receive, when_lost
         self._loop = asyncio.get_running_loop()
         self._section: Section | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -72,12 +80,18 @@ class Client:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self) -> None:
-        """Read what comes from it, and end what runs when it is gone."""
-        self._watching = asyncio.ensure_future(self._wait())
+        """End what runs when it is gone."""
+        if self._when_lost is not None:
+            self._when_lost(self._lost)
+        else:
+            self._watching = asyncio.ensure_future(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._lost()
+
+    def _lost(self) -> None:
         self.gone = True
         if self._section is not None:
             self._section.end(ClientGoneError())

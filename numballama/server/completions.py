@@ -126,15 +126,14 @@ def _events(
                 logprobs = _logprobs(call, [], [], 0, echo, index // n)
             first += chunk(_choice(index, text, logprobs))
 
-    async def parts() -> AsyncGenerator[bytes, None]:
-        async for pieces in generation.pieces():
-            choices = [_streamed(call, request, piece, lengths) for piece in pieces]
-            yield b"".join(chunk(choice) for choice in choices if choice is not None)
+    def write(pieces: list[Piece]) -> bytes:
+        choices = [_streamed(call, request, piece, lengths) for piece in pieces]
+        return b"".join(chunk(choice) for choice in choices if choice is not None)
 
     def last() -> bytes:
         return (usage_chunk(call, KIND, name, generation.usage()) if with_usage else b"") + DONE
 
-    return stream_of(first, parts(), lambda: generation.all_ended, last)
+    return stream_of(first, generation.pieces(), write, lambda: generation.all_ended, last)
 
 
 def _streamed(call: Call, request: CompletionRequest, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:

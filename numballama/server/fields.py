@@ -69,10 +69,9 @@ def _unknown(value: object, place: str = "") -> Iterator[str]:
     elif isinstance(value, RequestPart):
         if place:
             yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
-        given = value.model_fields_set
-        for name, field in type(value).model_fields.items() if given else ():
-            if name in given and isinstance(own := getattr(value, name), list | RequestPart):
-                yield from _unknown(own, f"{place}{field.alias or name}.")
+        for name, own in value.__dict__.items():  # the declared fields, in order; most are None
+            if own is not None and isinstance(own, list | RequestPart):
+                yield from _unknown(own, f"{place}{type(value).model_fields[name].alias or name}.")
 
 
 def _depth(value: object, limit: int) -> int:

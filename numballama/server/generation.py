@@ -175,7 +175,7 @@ class Generation:
         """
         try:
             if len(self._requests) == 1:
-                async for responses in self._requests[0].unread():
+                while responses := await self._requests[0].unread():
                     yield self._join(0, responses)
                     if not self.all_ended:
                         await self._service.pause()
@@ -206,7 +206,7 @@ class Generation:
 
         async def read(number: int) -> None:
             try:
-                async for responses in self._requests[number].unread():
+                while responses := await self._requests[number].unread():
                     found.put_nowait((number, responses))
                 found.put_nowait((number, None))
             except Exception as error:

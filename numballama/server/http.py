@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -19,6 +19,8 @@ from .client import Client, ClientGoneError
 from .errors import ApiError, failed
 
 log = logging.getLogger("numballama.server")
+
+T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -95,15 +97,21 @@ class LastEvent(bytes):
 
 
 async def stream_of(
-    first: bytes, events: AsyncGenerator[bytes, None], ended: Callable[[], bool], last: Callable[[], bytes]
+    first: bytes,
+    batches: AsyncGenerator[T, None],
+    write: Callable[[T], bytes],
+    ended: Callable[[], bool],
+    last: Callable[[], bytes],
 ) -> AsyncGenerator[bytes, None]:
-    """A stream's events. Each costs a call of the system, so `first` goes out with the first of `events`.
+    """A stream's events: what `write` makes of each batch. Each costs a call of the system, so `first` goes out with
+    the first of them.
 
-    What they yield when `ended` says that no answer goes on goes out with `last`.
+    The batch that comes when `ended` says that no answer goes on goes out with `last`.
     """
     held = first
     try:
-        async for data in events:
+        async for batch in batches:
+            data = write(batch)
             held += data
             if data and not ended():
                 yield held

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import Error
 from .app import create_app
+from .client import LOST
 from .errors import ApiError
 from .guard import JsonFormatter
 from .http import dumps
@@ -138,6 +139,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
 
     class Connection(base):  # type: ignore[misc, valid-type]
         _timer: TimerHandle | None = None
+        _lost: Callable[[], None] | None = None
         _unread = 0
         """With httptools: bytes of a request since its beginning, or since the last of its body."""
         _inside, _begins, _has_body = False, False, False
@@ -162,6 +164,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._inside = self._begins = True
+            self.scope[LOST] = self._when_lost
 
         def on_body(self, body: bytes) -> None:
             super().on_body(body)
@@ -174,6 +177,11 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._unset_timer()
             super().connection_lost(exc)
+            if self._lost is not None:
+                self._lost()
+
+        def _when_lost(self, call: Callable[[], None]) -> None:
+            self._lost = call
 
         @property
         def _waits(self) -> bool:
