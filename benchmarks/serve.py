@@ -4,6 +4,9 @@ python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1
 python benchmarks/serve.py ours=http://127.0.0.1:8000 engine=MODEL.gguf --device cuda --clients 1 16 64
 
 A file in place of an address is the engine without HTTP, in this process: what a server could reach at most.
+The clients of a server at an address are in several processes, half as many as there are cores and at most 8: one
+alone needs as long for the answers as the server. They begin each round together. On two cores, and with `--rate`, they
+are in this process. `--processes` sets another number.
 Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
 streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. A connection is kept
@@ -17,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -25,6 +29,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -180,6 +186,56 @@ async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int)
     return answers
 
 
+MOST_PROCESSES = 8
+
+
+def processes_for(clients: int, wanted: int | None = None) -> int:
+    """In how many processes so many clients are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(clients, min(cores // 2, MOST_PROCESSES) if wanted is None else wanted), 1)
+
+
+class Processes:
+    """Processes that hold the clients of a server, as evenly as can be."""
+
+    def __init__(self, url: str, number: int) -> None:
+        context = multiprocessing.get_context("spawn")  # this process may have an engine
+        self._barrier = context.Barrier(number)
+        self._pipes: list[Connection] = []
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            context.Process(target=_be_clients, args=(url, self._barrier, theirs), daemon=True).start()
+            self._pipes.append(ours)
+
+    def closed_loop(self, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
+        """As the function of this name."""
+        number = len(self._pipes)
+        for n, pipe in enumerate(self._pipes):
+            pipe.send((bodies[n::number], len(range(n, clients, number))))
+        found = [pipe.recv() for pipe in self._pipes]
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return [answer for answers in found for answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # which ends its process
+
+
+def _be_clients(url: str, barrier: Barrier, pipe: Connection) -> None:
+    """What a process of clients does: rounds, until its pipe is closed."""
+    server = Server(url)
+    with contextlib.suppress(EOFError):
+        while True:
+            bodies, clients = pipe.recv()
+            barrier.wait()
+            try:
+                pipe.send(asyncio.run(round_of(closed_loop(server.ask, bodies, clients), server.close)))
+            except Exception as error:
+                pipe.send(error)
+
+
 async def open_loop(send: Ask, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Answer]:
     """Requests arrive at random, `rate` a second on average."""
     chosen, tasks = random.Random(seed), list[asyncio.Future[Answer]]()
@@ -221,12 +277,14 @@ def main() -> None:
     parser.add_argument("--prompt-words", type=int, default=60)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, help="processes that hold the clients of a server")
     parser.add_argument("--device", default="auto", help="for a file: where its engine runs")
     parser.add_argument("--context", type=int, default=2048, help="for a file: its context (default 2048)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        measure(args, {name: target(where, args, stack) for name, where in (s.split("=", 1) for s in args.servers)})
+        servers = dict(each.split("=", 1) for each in args.servers)
+        measure(args, servers, {name: target(where, args, stack) for name, where in servers.items()})
 
 
 def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Ask, Close]:
@@ -240,7 +298,7 @@ def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) ->
     return partial(ask_engine, model), lambda: None
 
 
-def measure(args: argparse.Namespace, servers: dict[str, tuple[Ask, Close]]) -> None:
+def measure(args: argparse.Namespace, servers: dict[str, str], asks: dict[str, tuple[Ask, Close]]) -> None:
     seeds = count()
 
     def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
@@ -254,19 +312,28 @@ def measure(args: argparse.Namespace, servers: dict[str, tuple[Ask, Close]]) -> 
     found: dict[str, Any] = {
         "what": "servers, closed loop",
         "machine": machine(),
+        "processes": {f"{load} clients": processes_for(load, args.processes) for load in args.clients},
         "arguments": vars(args) | {"out": None},
     }
     for load in [args.rate] if args.rate else args.clients:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        several = 1 if args.rate else processes_for(load, args.processes)
+        apart = {name: Processes(url, several) for name, url in servers.items() if several > 1 and "://" in url}
         for number in range(args.rounds + 1):
-            for name, (ask_it, close) in servers.items():
+            for name, (ask_it, close) in asks.items():
                 if args.rate:
                     work = open_loop(ask_it, bodies(args.requests * 8, args.max_tokens), args.rate, number)
+                    answers = asyncio.run(round_of(work, close))
+                elif name in apart:
+                    answers = apart[name].closed_loop(bodies(args.requests * load, args.max_tokens), load)
                 else:
                     work = closed_loop(ask_it, bodies(args.requests * load, args.max_tokens), load)
-                result = figures(asyncio.run(round_of(work, close)))
+                    answers = asyncio.run(round_of(work, close))
+                result = figures(answers)
                 if number:  # the first round only warms up
                     rounds[name].append(result)
+        for processes in apart.values():
+            processes.close()
         label = f"{load:g} a second" if args.rate else f"{load} clients"
         found[label] = {}
         for name, results in rounds.items():

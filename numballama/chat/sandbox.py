@@ -124,6 +124,8 @@ def size_of(value: Any, limit: int, known: Mapping[int, int] = MappingProxyType(
 
     An object that is contained twice counts twice. `known` has the sizes of some lists and mappings by their ids.
     """
+    if isinstance(value, str):
+        return len(value)
     total, rest = 0, [value]
     while rest and total <= limit:
         item = rest.pop()
