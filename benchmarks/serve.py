@@ -10,8 +10,8 @@ are in this process. `--processes` sets another number.
 Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
 streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. A connection is kept
-for further requests, as OpenAI's client does. Tokens are those of `usage`. Times are of the client, in ms: the first
-token counts from the moment at which the request is written.
+for further requests, those of later rounds too, as OpenAI's client does. Tokens are those of `usage`. Times are of the
+client, in ms: the first token counts from the moment at which the request is written.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ from numballama.sampling import SamplingParams
 
 Ask = Callable[[dict[str, Any]], Awaitable["Answer"]]
 """Sends the body of a request and reads the answer."""
-Close = Callable[[], None]
-"""What is called at the end of a round."""
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -121,11 +119,6 @@ class Server:
             self._free.append(streams)
         return answer
 
-    def close(self) -> None:
-        """Close the connections: the next round has an event loop of its own."""
-        while self._free:
-            self._free.pop()[1].close()
-
 
 async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncIterator[bytes]:
     """The parts of an answer's body as they come."""
@@ -164,14 +157,6 @@ async def ask_engine(model: Model, body: dict[str, Any]) -> Answer:
         answer.prompt_tokens = responses[-1].prompt_tokens
     answer.ended = time.perf_counter()
     return answer
-
-
-async def round_of(work: Awaitable[list[Answer]], close: Close) -> list[Answer]:
-    """The answers of one round, after which `close` is called."""
-    try:
-        return await work
-    finally:
-        close()
 
 
 async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
@@ -225,13 +210,13 @@ class Processes:
 
 def _be_clients(url: str, barrier: Barrier, pipe: Connection) -> None:
     """What a process of clients does: rounds, until its pipe is closed."""
-    server = Server(url)
+    server, loop = Server(url), asyncio.new_event_loop()
     with contextlib.suppress(EOFError):
         while True:
             bodies, clients = pipe.recv()
             barrier.wait()
             try:
-                pipe.send(asyncio.run(round_of(closed_loop(server.ask, bodies, clients), server.close)))
+                pipe.send(loop.run_until_complete(closed_loop(server.ask, bodies, clients)))
             except Exception as error:
                 pipe.send(error)
 
@@ -287,19 +272,18 @@ def main() -> None:
         measure(args, servers, {name: target(where, args, stack) for name, where in servers.items()})
 
 
-def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Ask, Close]:
+def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Ask:
     """What asks a server at an address, or the engine of a model file, which is closed with `stack`."""
     if "://" in where:
-        server = Server(where)
-        return server.ask, server.close
+        return Server(where).ask
     model = numballama.compile(where, device=args.device, max_sequences=max(args.clients), context=args.context)
     stack.enter_context(model)
     stack.enter_context(model.engine())
-    return partial(ask_engine, model), lambda: None
+    return partial(ask_engine, model)
 
 
-def measure(args: argparse.Namespace, servers: dict[str, str], asks: dict[str, tuple[Ask, Close]]) -> None:
-    seeds = count()
+def measure(args: argparse.Namespace, servers: dict[str, str], asks: dict[str, Ask]) -> None:
+    seeds, loop = count(), asyncio.new_event_loop()
 
     def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
         return [
@@ -320,15 +304,14 @@ def measure(args: argparse.Namespace, servers: dict[str, str], asks: dict[str, t
         several = 1 if args.rate else processes_for(load, args.processes)
         apart = {name: Processes(url, several) for name, url in servers.items() if several > 1 and "://" in url}
         for number in range(args.rounds + 1):
-            for name, (ask_it, close) in asks.items():
-                if args.rate:
-                    work = open_loop(ask_it, bodies(args.requests * 8, args.max_tokens), args.rate, number)
-                    answers = asyncio.run(round_of(work, close))
-                elif name in apart:
-                    answers = apart[name].closed_loop(bodies(args.requests * load, args.max_tokens), load)
+            for name, ask in asks.items():
+                asked = bodies(args.requests * (8 if args.rate else load), args.max_tokens)
+                if name in apart:
+                    answers = apart[name].closed_loop(asked, load)
+                elif args.rate:
+                    answers = loop.run_until_complete(open_loop(ask, asked, args.rate, number))
                 else:
-                    work = closed_loop(ask_it, bodies(args.requests * load, args.max_tokens), load)
-                    answers = asyncio.run(round_of(work, close))
+                    answers = loop.run_until_complete(closed_loop(ask, asked, load))
                 result = figures(answers)
                 if number:  # the first round only warms up
                     rounds[name].append(result)

@@ -112,7 +112,7 @@ def _measure(value: object, known: dict[int, int]) -> int:
     """`size_of` of an input, which also enters the sizes of all lists and mappings in it into `known`, by id."""
     if isinstance(value, str):
         return len(value)
-    if not isinstance(value, Mapping | list | tuple):
+    if value is None or not isinstance(value, dict | list | tuple | Mapping):
         return size_of(value, 1 << 40)
     parts = (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
     size = known[id(value)] = ITEM_SIZE * len(value) + sum(_measure(part, known) for part in parts)

@@ -18,6 +18,8 @@ MAX_STOPS, MAX_STOP, MAX_SCHEMA, MAX_DEPTH, MAX_CHOICES = 16, 256, 256 << 10, 64
 MAX_IGNORED = 20
 NO_EFFECT: tuple[object, ...] = (None, False, 0, "", [], {})
 """Values of unknown fields that ask for nothing."""
+_PLAIN = (str, int, float)
+"""Types of most fields."""
 T = TypeVar("T", bound="Request")
 
 
@@ -70,7 +72,7 @@ def _unknown(value: object, place: str = "") -> Iterator[str]:
         if place:
             yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
         for name, own in value.__dict__.items():  # the declared fields, in order; most are None
-            if own is not None and isinstance(own, list | RequestPart):
+            if not (own is None or isinstance(own, _PLAIN)) and isinstance(own, list | RequestPart):
                 yield from _unknown(own, f"{place}{type(value).model_fields[name].alias or name}.")
 
 
