@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Protocol, TypedDict
 
 from .engine.engine import Engine
@@ -85,6 +86,10 @@ class TextPart:
     stop_reason: str | int | None = None
     """As in `GenerationResponse`, of the last token."""
 
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
     def add(self, response: GenerationResponse) -> None:
         self.texts.append(response.text)
         self.tokens.append(response.token)
@@ -140,7 +145,21 @@ class TextStreams:
 
 def text_parts(request: Request[GenerationResponse], found: Sequence[Response | PlainToken]) -> list[TextPart]:
     """What `request.unread` has yielded, as a part for each text. It costs less than a response for each token."""
-    streams, parts = request.read, dict[int, TextPart]()
+    streams = request.read
+    if isinstance(streams, TextStreams) and streams.n == 1:
+        first = found if type(found[-1]) is tuple else found[:-1]
+        if set(map(type, first)) == {tuple}:  # nearly always: plain tokens, and at most one that ends the text
+            tokens: list[int] = list(map(itemgetter(0), first))
+            part = TextPart(0, streams.texts(0, tokens), tokens, [None] * len(tokens))
+            if first is not found:
+                part.add(_response_of(streams, found[-1]))
+            return [part]
+    return _mixed_parts(streams, found)
+
+
+def _mixed_parts(streams: object, found: Sequence[Response | PlainToken]) -> list[TextPart]:
+    """Parts of several texts, or of tokens of both kinds in any order."""
+    parts: dict[int, TextPart] = {}
     plain: dict[int, list[int]] = {}
 
     def add_plain(index: int, tokens: list[int]) -> None:
@@ -150,12 +169,6 @@ def text_parts(request: Request[GenerationResponse], found: Sequence[Response | 
         part.tokens += tokens
         part.logprobs += [None] * len(tokens)
 
-    if isinstance(streams, TextStreams) and streams.n == 1:
-        tokens = [each[0] for each in found if type(each) is tuple]
-        others = len(found) - len(tokens)
-        if tokens and (not others or (others == 1 and type(found[-1]) is not tuple)):
-            add_plain(0, tokens)
-            found = found[len(tokens) :]  # none, or what ends the text
     for each in found:
         if type(each) is tuple:
             plain.setdefault(each[1], []).append(each[0])
@@ -163,12 +176,17 @@ def text_parts(request: Request[GenerationResponse], found: Sequence[Response | 
         assert isinstance(each, TokenEvent | GenerationResponse)
         if each.index in plain:
             add_plain(each.index, plain.pop(each.index))
-        response = streams(each) if isinstance(each, TokenEvent) and isinstance(streams, TextStreams) else each
-        assert isinstance(response, GenerationResponse)
-        parts.setdefault(each.index, TextPart(each.index)).add(response)
+        parts.setdefault(each.index, TextPart(each.index)).add(_response_of(streams, each))
     for index, tokens in plain.items():
         add_plain(index, tokens)
     return list(parts.values())
+
+
+def _response_of(streams: object, each: object) -> GenerationResponse:
+    """The response that the engine's thread has made, or the reader makes."""
+    response = streams(each) if isinstance(each, TokenEvent) and isinstance(streams, TextStreams) else each
+    assert isinstance(response, GenerationResponse)
+    return response
 
 
 def prompts_with_params(

@@ -6,6 +6,7 @@ import operator
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from ..errors import ContextError, Error
@@ -256,7 +257,7 @@ class Request(Generic[R]):
         state = self._state
         while not self._is_read():
             if events := state.events:
-                return [events.popleft() for _ in range(len(events))]
+                return list(map(deque.popleft, repeat(events, len(events))))  # the engine may append meanwhile
             await self._engine.wait_async(state)
         return []
 

@@ -10,9 +10,10 @@ from starlette.responses import Response
 from ..engine.logprobs import prompt_logprobs
 from ..engine.request import TokenLogprobs
 from ..errors import Error
+from ..generate import TextPart
 from .call import Call, Chunks
 from .errors import ApiError, refused
-from .generation import Generation, Piece, whole_texts
+from .generation import Generation, whole_texts
 from .http import JsonResponse, dumps, stream_of
 from .logprobs import completion_logprobs
 from .params import sampling_params, token_limit
@@ -126,7 +127,7 @@ def _events(
                 logprobs = _logprobs(call, [], [], 0, echo, index // n)
             first += chunks.write(dumps(_choice(index, text, logprobs)))
 
-    def write(pieces: list[Piece]) -> bytes:
+    def write(pieces: list[TextPart]) -> bytes:
         choices = [_streamed(call, request, piece, lengths) for piece in pieces]
         return b"".join(chunks.write(dumps(choice)) for choice in choices if choice is not None)
 
@@ -136,15 +137,15 @@ def _events(
     return stream_of(first, generation.pieces(), write, lambda: generation.all_ended, last)
 
 
-def _streamed(call: Call, request: CompletionRequest, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:
+def _streamed(call: Call, request: CompletionRequest, piece: TextPart, lengths: list[int]) -> dict[str, Any] | None:
     """The choice of a chunk; None if there is nothing to say."""
     logprobs = None
     if request.logprobs is not None:
-        logprobs = _logprobs(call, piece.tokens, piece.logprobs, lengths[piece.choice])
+        logprobs = _logprobs(call, piece.tokens, piece.logprobs, lengths[piece.index])
     elif not piece.text and piece.finish_reason is None:
         return None
-    lengths[piece.choice] += len(piece.text)
-    return _choice(piece.choice, piece.text, logprobs, piece.finish_reason, piece.stop_reason)
+    lengths[piece.index] += len(piece.text)
+    return _choice(piece.index, piece.text, logprobs, piece.finish_reason, piece.stop_reason)
 
 
 def _choice(

@@ -71,8 +71,9 @@ def _unknown(value: object, place: str = "") -> Iterator[str]:
     elif isinstance(value, RequestPart):
         if place:
             yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
-        for name, own in value.__dict__.items():  # the declared fields, in order; most are None
-            if not (own is None or isinstance(own, _PLAIN)) and isinstance(own, list | RequestPart):
+        for name in filter(value.model_fields_set.__contains__, value.__dict__):  # those that are given, in order
+            own = value.__dict__[name]
+            if not isinstance(own, _PLAIN) and isinstance(own, list | RequestPart):
                 yield from _unknown(own, f"{place}{type(value).model_fields[name].alias or name}.")
 
 

@@ -113,6 +113,8 @@ class Parser:
 
     def feed(self, text: str) -> list[Event]:
         """The events of the next piece of text."""
+        if self._step is Parser._content and not (self._opens or self._held):  # all that comes is content
+            return [Content(text)] if text else []
         data, at = self._held + text, 0
         self._wait = False
         while at < len(data) and not self._wait:

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from numballama.errors import Error
+from numballama.generate import TextPart
 from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
 from numballama.server.app import ALIASES, GETS, POSTS, create_app
-from numballama.server.generation import Generation, Piece
+from numballama.server.generation import Generation
 from numballama.server.service import SLOW_THREADS, THREADS
 from numballama.server.settings import Settings
 from numballama.server.tools import formats
@@ -448,8 +449,8 @@ def test_tokens_that_come_together_are_all_counted() -> None:
     metrics = SimpleNamespace(inter_token=SimpleNamespace(observe=lambda *each: seen.append(each)))
     choices = [SimpleNamespace(tokens=0, first=0.0, latest=0.0)]
     generation: Any = SimpleNamespace(_service=SimpleNamespace(metrics=metrics), _choices=choices)
-    Generation._count(generation, Piece(0, tokens=[1, 2, 3]), 5.0)
-    Generation._count(generation, Piece(0, tokens=[4, 5]), 7.0)
+    Generation._count(generation, TextPart(0, tokens=[1, 2, 3]), 5.0)
+    Generation._count(generation, TextPart(0, tokens=[4, 5]), 7.0)
     assert seen == [(0, 2), (1, 2)]
 
 
