@@ -177,8 +177,11 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._unset_timer()
             super().connection_lost(exc)
-            if self._lost is not None:
-                self._lost()
+            lost, self._lost = self._lost, None  # what refers to this object would be a reference cycle
+            if self.scope is not None:
+                self.scope.pop(LOST, None)
+            if lost is not None:
+                lost()
 
         def _when_lost(self, call: Callable[[], None]) -> None:
             self._lost = call

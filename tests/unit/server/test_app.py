@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import http.client
 import json
 import socket
@@ -576,3 +577,28 @@ def test_tools_are_not_checked_on_the_event_loop(server: Running, monkeypatch: p
     count = len(places)
     assert server.post("/v1/chat/completions", body | {"n": 4}).status == 200
     assert count and places == [False] * 2 * count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_leaves_nothing_to_the_garbage_collector(server: Running, stream: bool) -> None:
+    """All of it is freed when it ends: a collection would stop the engine's thread, too, for milliseconds."""
+    body = {"messages": [{"role": "user", "content": "a story"}], "max_tokens": 4, "stream": stream}
+
+    def ask() -> None:
+        assert server.post("/v1/chat/completions", body).status == 200
+        eventually(lambda: server.idle, "the end of the request")
+
+    ask()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            ask()
+        gc.collect()
+        found = {type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith("numballama.")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not found

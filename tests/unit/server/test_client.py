@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
@@ -131,3 +131,23 @@ def test_each_part_of_the_work_has_its_own_time(limits: tuple[float, float]) -> 
         return loop.time() - started
 
     assert limits[1] * 0.9 < asyncio.run(work()) < 30
+
+
+def test_a_connection_may_tell_when_it_is_lost() -> None:
+    """Then nothing is read from it to find out."""
+    calls: list[Callable[[], None]] = []
+
+    async def receive() -> Message:
+        raise AssertionError("nobody reads")
+
+    async def work() -> None:
+        client = Client(receive, calls.append)
+        client.watch()
+        asyncio.get_running_loop().call_soon(calls[0])
+        with pytest.raises(ClientGoneError):
+            await client.run(asyncio.sleep(60), 60)
+        client.close()
+        assert client.gone
+
+    asyncio.run(work())
+    assert len(calls) == 1
