@@ -147,7 +147,7 @@ def text_parts(request: Request[GenerationResponse], found: Sequence[Response | 
     """What `request.unread` has yielded, as a part for each text. It costs less than a response for each token."""
     streams = request.read
     if isinstance(streams, TextStreams) and streams.n == 1:
-        first = found if type(found[-1]) is tuple else found[:-1]
+        first: Sequence[Any] = found if type(found[-1]) is tuple else found[:-1]
         if set(map(type, first)) == {tuple}:  # nearly always: plain tokens, and at most one that ends the text
             tokens: list[int] = list(map(itemgetter(0), first))
             part = TextPart(0, streams.texts(0, tokens), tokens, [None] * len(tokens))
