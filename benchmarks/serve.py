@@ -4,11 +4,14 @@ python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1
 python benchmarks/serve.py ours=http://127.0.0.1:8000 engine=MODEL.gguf --device cuda --clients 1 16 64
 
 A file in place of an address is the engine without HTTP, in this process: what a server could reach at most.
+The clients of a server at an address are in several processes, half as many as there are cores and at most 8: one
+alone needs as long for the answers as the server. They begin each round together. On two cores, and with `--rate`, they
+are in this process. `--processes` sets another number.
 Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
 streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. A connection is kept
-for further requests, as OpenAI's client does. Tokens are those of `usage`. Times are of the client, in ms: the first
-token counts from the moment at which the request is written.
+for further requests, those of later rounds too, as OpenAI's client does. Tokens are those of `usage`. Times are of the
+client, in ms: the first token counts from the moment at which the request is written.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -25,6 +29,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,8 +45,6 @@ from numballama.sampling import SamplingParams
 
 Ask = Callable[[dict[str, Any]], Awaitable["Answer"]]
 """Sends the body of a request and reads the answer."""
-Close = Callable[[], None]
-"""What is called at the end of a round."""
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -115,11 +119,6 @@ class Server:
             self._free.append(streams)
         return answer
 
-    def close(self) -> None:
-        """Close the connections: the next round has an event loop of its own."""
-        while self._free:
-            self._free.pop()[1].close()
-
 
 async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncIterator[bytes]:
     """The parts of an answer's body as they come."""
@@ -160,14 +159,6 @@ async def ask_engine(model: Model, body: dict[str, Any]) -> Answer:
     return answer
 
 
-async def round_of(work: Awaitable[list[Answer]], close: Close) -> list[Answer]:
-    """The answers of one round, after which `close` is called."""
-    try:
-        return await work
-    finally:
-        close()
-
-
 async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
     """Each client sends its next request when its last answer has ended."""
     waiting, answers = iter(bodies), list[Answer]()
@@ -178,6 +169,56 @@ async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return answers
+
+
+MOST_PROCESSES = 8
+
+
+def processes_for(clients: int, wanted: int | None = None) -> int:
+    """In how many processes so many clients are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(clients, min(cores // 2, MOST_PROCESSES) if wanted is None else wanted), 1)
+
+
+class Processes:
+    """Processes that hold the clients of a server, as evenly as can be."""
+
+    def __init__(self, url: str, number: int) -> None:
+        context = multiprocessing.get_context("spawn")  # this process may have an engine
+        self._barrier = context.Barrier(number)
+        self._pipes: list[Connection] = []
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            context.Process(target=_be_clients, args=(url, self._barrier, theirs), daemon=True).start()
+            self._pipes.append(ours)
+
+    def closed_loop(self, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
+        """As the function of this name."""
+        number = len(self._pipes)
+        for n, pipe in enumerate(self._pipes):
+            pipe.send((bodies[n::number], len(range(n, clients, number))))
+        found = [pipe.recv() for pipe in self._pipes]
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return [answer for answers in found for answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # which ends its process
+
+
+def _be_clients(url: str, barrier: Barrier, pipe: Connection) -> None:
+    """What a process of clients does: rounds, until its pipe is closed."""
+    server, loop = Server(url), asyncio.new_event_loop()
+    with contextlib.suppress(EOFError):
+        while True:
+            bodies, clients = pipe.recv()
+            barrier.wait()
+            try:
+                pipe.send(loop.run_until_complete(closed_loop(server.ask, bodies, clients)))
+            except Exception as error:
+                pipe.send(error)
 
 
 async def open_loop(send: Ask, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Answer]:
@@ -221,27 +262,28 @@ def main() -> None:
     parser.add_argument("--prompt-words", type=int, default=60)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, help="processes that hold the clients of a server")
     parser.add_argument("--device", default="auto", help="for a file: where its engine runs")
     parser.add_argument("--context", type=int, default=2048, help="for a file: its context (default 2048)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        measure(args, {name: target(where, args, stack) for name, where in (s.split("=", 1) for s in args.servers)})
+        servers = dict(each.split("=", 1) for each in args.servers)
+        measure(args, servers, {name: target(where, args, stack) for name, where in servers.items()})
 
 
-def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Ask, Close]:
+def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Ask:
     """What asks a server at an address, or the engine of a model file, which is closed with `stack`."""
     if "://" in where:
-        server = Server(where)
-        return server.ask, server.close
+        return Server(where).ask
     model = numballama.compile(where, device=args.device, max_sequences=max(args.clients), context=args.context)
     stack.enter_context(model)
     stack.enter_context(model.engine())
-    return partial(ask_engine, model), lambda: None
+    return partial(ask_engine, model)
 
 
-def measure(args: argparse.Namespace, servers: dict[str, tuple[Ask, Close]]) -> None:
-    seeds = count()
+def measure(args: argparse.Namespace, servers: dict[str, str], asks: dict[str, Ask]) -> None:
+    seeds, loop = count(), asyncio.new_event_loop()
 
     def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
         return [
@@ -254,19 +296,27 @@ def measure(args: argparse.Namespace, servers: dict[str, tuple[Ask, Close]]) -> 
     found: dict[str, Any] = {
         "what": "servers, closed loop",
         "machine": machine(),
+        "processes": {f"{load} clients": processes_for(load, args.processes) for load in args.clients},
         "arguments": vars(args) | {"out": None},
     }
     for load in [args.rate] if args.rate else args.clients:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        several = 1 if args.rate else processes_for(load, args.processes)
+        apart = {name: Processes(url, several) for name, url in servers.items() if several > 1 and "://" in url}
         for number in range(args.rounds + 1):
-            for name, (ask_it, close) in servers.items():
-                if args.rate:
-                    work = open_loop(ask_it, bodies(args.requests * 8, args.max_tokens), args.rate, number)
+            for name, ask in asks.items():
+                asked = bodies(args.requests * (8 if args.rate else load), args.max_tokens)
+                if name in apart:
+                    answers = apart[name].closed_loop(asked, load)
+                elif args.rate:
+                    answers = loop.run_until_complete(open_loop(ask, asked, args.rate, number))
                 else:
-                    work = closed_loop(ask_it, bodies(args.requests * load, args.max_tokens), load)
-                result = figures(asyncio.run(round_of(work, close)))
+                    answers = loop.run_until_complete(closed_loop(ask, asked, load))
+                result = figures(answers)
                 if number:  # the first round only warms up
                     rounds[name].append(result)
+        for processes in apart.values():
+            processes.close()
         label = f"{load:g} a second" if args.rate else f"{load} clients"
         found[label] = {}
         for name, results in rounds.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Protocol, TypedDict
 
 from .engine.engine import Engine
@@ -85,6 +86,10 @@ class TextPart:
     stop_reason: str | int | None = None
     """As in `GenerationResponse`, of the last token."""
 
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
     def add(self, response: GenerationResponse) -> None:
         self.texts.append(response.text)
         self.tokens.append(response.token)
@@ -127,6 +132,7 @@ class TextStreams:
     """A `TextStream` for each sequence of a request."""
 
     def __init__(self, decoder: Callable[[], Decoder], stop: Sequence[str], n: int) -> None:
+        self.n = n
         self._streams = [TextStream(decoder(), stop) for _ in range(n)]
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
@@ -139,7 +145,21 @@ class TextStreams:
 
 def text_parts(request: Request[GenerationResponse], found: Sequence[Response | PlainToken]) -> list[TextPart]:
     """What `request.unread` has yielded, as a part for each text. It costs less than a response for each token."""
-    streams, parts = request.read, dict[int, TextPart]()
+    streams = request.read
+    if isinstance(streams, TextStreams) and streams.n == 1:
+        first: Sequence[Any] = found if type(found[-1]) is tuple else found[:-1]
+        if set(map(type, first)) == {tuple}:  # nearly always: plain tokens, and at most one that ends the text
+            tokens: list[int] = list(map(itemgetter(0), first))
+            part = TextPart(0, streams.texts(0, tokens), tokens, [None] * len(tokens))
+            if first is not found:
+                part.add(_response_of(streams, found[-1]))
+            return [part]
+    return _mixed_parts(streams, found)
+
+
+def _mixed_parts(streams: object, found: Sequence[Response | PlainToken]) -> list[TextPart]:
+    """Parts of several texts, or of tokens of both kinds in any order."""
+    parts: dict[int, TextPart] = {}
     plain: dict[int, list[int]] = {}
 
     def add_plain(index: int, tokens: list[int]) -> None:
@@ -156,12 +176,17 @@ def text_parts(request: Request[GenerationResponse], found: Sequence[Response | 
         assert isinstance(each, TokenEvent | GenerationResponse)
         if each.index in plain:
             add_plain(each.index, plain.pop(each.index))
-        response = streams(each) if isinstance(each, TokenEvent) and isinstance(streams, TextStreams) else each
-        assert isinstance(response, GenerationResponse)
-        parts.setdefault(each.index, TextPart(each.index)).add(response)
+        parts.setdefault(each.index, TextPart(each.index)).add(_response_of(streams, each))
     for index, tokens in plain.items():
         add_plain(index, tokens)
     return list(parts.values())
+
+
+def _response_of(streams: object, each: object) -> GenerationResponse:
+    """The response that the engine's thread has made, or the reader makes."""
+    response = streams(each) if isinstance(each, TokenEvent) and isinstance(streams, TextStreams) else each
+    assert isinstance(response, GenerationResponse)
+    return response
 
 
 def prompts_with_params(

@@ -138,8 +138,9 @@ class SamplingParams:
 
     def __new__(cls, /, **options: object) -> SamplingParams:
         """Raises `Error`, which names the right one, for an option that does not exist."""
-        known = [each.name for each in dataclasses.fields(cls)]
-        require_known("sampling option", [name for name in options if name != "repeat_penalty"], known, OTHER_NAMES)
+        if not options.keys() <= cls.__dataclass_fields__.keys():
+            known = [each.name for each in dataclasses.fields(cls)]
+            require_known("sampling option", [name for name in options if name != "repeat_penalty"], known, OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self, repeat_penalty: float | None) -> None:

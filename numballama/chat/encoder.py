@@ -85,12 +85,12 @@ class ConversationEncoder:
         A message's role is the template's own if it is a single word: "<|{{ role }}|>" writes a token.
         """
         given, values = plain_messages(messages), plain_variables(variables)
-        rendered = self.template.render(given, **values)
-        tokens = set() if special else set(self._overlapping.findall(rendered))
-        if not tokens:
-            return [(rendered, True)]
-        parts = {character for token in tokens for character in _telling(token)}
+        rendered = self.template.render_plain(given, **values)
         strings = list(_strings([given, values]))
+        if special or not self._any_part.search("".join(strings)):
+            return [(rendered, True)]
+        tokens = set(self._overlapping.findall(rendered))
+        parts = {character for token in tokens for character in _telling(token)}
         used = parts & set("".join(strings))
         if not used:
             return [(rendered, True)]
@@ -107,7 +107,7 @@ class ConversationEncoder:
         ):
             try:
                 marked = _marked_variables(values, mark)
-                again = self.template.render(_marked(given, mark, roles), **marked)
+                again = self.template.render_plain(_marked(given, mark, roles), **marked)
             except Error:  # it refuses what it does not know
                 continue
             spelled = _read_marks(again, marks)
@@ -135,6 +135,12 @@ class ConversationEncoder:
     def _overlapping(self) -> re.Pattern[str]:
         """Matches in front of every control token; the token is the group."""
         return re.compile(f"(?={self._control.pattern})")
+
+    @cached_property
+    def _any_part(self) -> re.Pattern[str]:
+        """Matches a character that is a part of a control token."""
+        parts = {character for token in filter(None, self.tokenizer.special_tokens) for character in _telling(token)}
+        return re.compile(f"[{re.escape(''.join(parts))}]" if parts else r"(?!)")
 
     @cached_property
     def _starts(self) -> re.Pattern[str]:

@@ -81,10 +81,21 @@ class ChatTemplate:
         given. Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory, and when
         the last message has no such text or the template does not show it.
         """
+        plain = plain_messages(messages), add_generation_prompt, continue_final_message
+        return self.render_plain(*plain, **plain_variables(variables))
+
+    def render_plain(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str:
+        """As `render`, of what `plain_messages` and `plain_variables` have returned."""
         from .sandbox import Budget, Refusal
 
-        names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
-        given = plain_messages(messages)
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **variables}
+        given = list(messages)
         last = _leave_open(given, continue_final_message, self.source) if continue_final_message else None
         environment, template = self._compiled
         with self._lock:

@@ -6,7 +6,8 @@ import operator
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from itertools import repeat
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from ..errors import ContextError, Error
 from ..sampling import Sampled
@@ -237,32 +238,30 @@ class Request(Generic[R]):
         finally:
             self.cancel()
 
-    def batches(self) -> AsyncGenerator[list[R], None]:
+    async def batches(self) -> AsyncGenerator[list[R], None]:
         """Like `async for`, but yields all responses that are there at a time, at least one.
 
         A reader that is slower than the engine then catches up.
         """
-        return self._batches(lambda found: [self._made(each) for each in found])
-
-    def unread(self) -> AsyncGenerator[list[Response | PlainToken], None]:
-        """Like `batches`, for a reader that makes something else of what `read` would be called with."""
-        return self._batches(lambda found: found)
-
-    async def _batches(
-        self, make: Callable[[list[Response | PlainToken]], list[Any]]
-    ) -> AsyncGenerator[list[Any], None]:
-        state = self._state
         try:
-            while not self._is_read():
-                if state.events:
-                    found: list[Response | PlainToken] = []
-                    while state.events:
-                        found.append(state.events.popleft())
-                    yield make(found)
-                else:
-                    await self._engine.wait_async(state)
+            while found := await self.unread():
+                yield [self._made(each) for each in found]
         finally:
             self.cancel()
 
+    async def unread(self) -> list[Response | PlainToken]:
+        """What is there of what `read` would be called with, at least one; [] at the end. Raises as an iteration does.
+
+        For a reader that makes something else of it. It has to `cancel` the request itself.
+        """
+        state = self._state
+        while not self._is_read():
+            if events := state.events:
+                return list(map(deque.popleft, repeat(events, len(events))))  # the engine may append meanwhile
+            await self._engine.wait_async(state)
+        return []
+
     def __del__(self) -> None:
         self.cancel()  # takes no lock, so it is safe wherever the garbage collector runs
+        if self._state.done:
+            self._state.sequences = []  # they refer to it: without the cycle both are freed now

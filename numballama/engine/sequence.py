@@ -182,9 +182,11 @@ def seeded(params: SamplingParams) -> list[SamplingParams]:
 
     Each has a seed of its own, so that a preempted one can continue its draws.
     """
+    if params.n == 1 and params.temperature == 0:
+        return [params]
     seed = params.seed
     if seed is None or seed == -1:
         seed = int.from_bytes(os.urandom(7), "little")
-    if params.n == 1 and (params.temperature == 0 or seed == params.seed):
+    if params.n == 1 and seed == params.seed:
         return [params]
     return [params.override({"seed": (seed + index) % 2**64, "n": 1}) for index in range(params.n)]

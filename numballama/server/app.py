@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from . import chat, completions, messages, openapi, page, responses, tokens
 from .call import Call
-from .client import Client, ClientGoneError
+from .client import LOST, Client, ClientGoneError, body_is_late
 from .errors import ApiError, failed
 from .fields import MAX_PROMPTS, MAX_STOP, MAX_STOPS, Request, parse
 from .guard import KEY, Guard
@@ -31,7 +32,6 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..model import Model
 
-T = TypeVar("T", bound=Request)
 Handler = Callable[[Call, Any], Awaitable[Response]]
 
 LARGE_BODY = 1 << 16
@@ -83,11 +83,13 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
         "/v1/models": _models,
         "/v1/models/{name:path}": _model,
     }
+    posts = {path: Post(service, *post) for path, post in POSTS.items()}
     routes: list[BaseRoute] = [Route(path, partial(_get, service, answer)) for path, answer in gets.items()]
-    routes += [Route(path, partial(_post, service, *post), methods=["POST"]) for path, post in POSTS.items()]
+    routes += [Route(path, post, methods=["POST"]) for path, post in posts.items()]
     named = {route.path: route for route in routes if isinstance(route, Route)}
     routes += [Route(path, named[f"/v1{path}"].endpoint, methods=named[f"/v1{path}"].methods) for path in ALIASES]
     routes += page.routes()
+    posts |= {path: posts[f"/v1{path}"] for path in ALIASES if f"/v1{path}" in posts}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -96,65 +98,87 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
         finally:
             service.close()
 
-    app = Starlette(
+    app = Application(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, service=service, paths=frozenset([*POSTS, *GETS, *ALIASES, page.RENDER]))],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error, ClientGoneError: _client_gone},
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
     app.state.service = service
+    app.guard = Guard(app.route, posts, service, frozenset([*POSTS, *GETS, *ALIASES, page.RENDER]))
     return app
+
+
+class Application(Starlette):
+    """What the guard lets in and does not give to a `Post` itself takes Starlette's way."""
+
+    guard: Guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.guard(scope, receive, send)
+
+    async def route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
 
 
 async def _get(
     service: Service, answer: Callable[[Service, HttpRequest], Awaitable[Response]], request: HttpRequest
 ) -> Response:
-    return await _guarded(answer(service, request))
-
-
-async def _post(service: Service, kind: type[Request], handler: Handler, request: HttpRequest) -> Response:
-    settings, key = service.settings, request.scope.get(KEY)
-    call = Call(service, None if key is None else f"key-{key}")
-    client: Client | None = None
-    found: Response | None = None
     try:
-        body = await read_body(request, settings.max_body, settings.body_timeout_s)
-        if settings.log_prompts:
-            log.info("body: %s", body.decode("utf-8", "replace"))
-        client = Client(request.receive)
-        found = await _guarded(client.run(_answer(call, kind, handler, body), settings.request_timeout_s))
+        return await answer(service, request)
     except ApiError as error:
-        found = error_response(error)
-    finally:
-        if isinstance(found, EventStream):
-            found.client = client
-        elif client is not None:
-            client.close()
-    found.headers["X-Request-Id"] = call.key
-    return found
-
-
-async def _answer(call: Call, kind: type[Request], handler: Handler, body: bytes) -> Response:
-    _ = call.service.model  # 503 before the body is looked at
-    call.is_large, call.is_small = len(body) > LARGE_BODY, len(body) <= SMALL_BODY
-    parsed = await call.run(parse, kind, body) if call.is_large else parse(kind, body)
-    found = await handler(call, parsed)
-    if parsed.ignored:
-        plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())
-        names = ",".join(name[:200] for name in plain)
-        found.headers["X-Ignored-Fields"] = names
-    return found
-
-
-async def _guarded(work: Awaitable[Response]) -> Response:
-    """The answer, or a 500 in OpenAI's shape for what nobody expected."""
-    try:
-        return await work
-    except (ApiError, ClientGoneError):
-        raise
+        return error_response(error)
     except Exception as error:
-        log.exception("a request failed")
-        return error_response(failed(error))
+        return _unexpected(error)
+
+
+class Post:
+    """The ASGI application that answers POST requests to a path. `kind`: the model of their body."""
+
+    def __init__(self, service: Service, kind: type[Request], handler: Handler) -> None:
+        self._service, self._kind, self._handler = service, kind, handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        settings, key = self._service.settings, scope.get(KEY)
+        call = Call(self._service, None if key is None else f"key-{key}")
+        client = Client(receive, scope.get(LOST))
+        try:
+            reading = read_body(Headers(scope=scope), receive, settings.max_body)
+            body = await client.run(reading, settings.body_timeout_s, body_is_late)
+            if settings.log_prompts:
+                log.info("body: %s", body.decode("utf-8", "replace"))
+            client.watch()
+            found = await client.run(self._answer(call, body), settings.request_timeout_s)
+            if isinstance(found, EventStream):
+                found.client = client
+        except ClientGoneError:
+            found = Response(status_code=499)  # nobody reads it; the log shows it
+        except ApiError as error:
+            found = error_response(error)
+        except Exception as error:
+            found = _unexpected(error)
+        try:
+            found.raw_headers.append((b"x-request-id", call.key.encode()))
+            await found(scope, receive, send)
+        finally:
+            client.close()
+
+    async def _answer(self, call: Call, body: bytes) -> Response:
+        _ = call.service.model  # 503 before the body is looked at
+        call.is_large, call.is_small = len(body) > LARGE_BODY, len(body) <= SMALL_BODY
+        kind = self._kind
+        parsed = await call.run(parse, kind, body) if call.is_large else parse(kind, body)
+        found = await self._handler(call, parsed)
+        if parsed.ignored:
+            plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())
+            names = ",".join(name[:200] for name in plain)
+            found.headers["X-Ignored-Fields"] = names
+        return found
+
+
+def _unexpected(error: Exception) -> Response:
+    """A 500 in OpenAI's shape for what nobody expected."""
+    log.error("a request failed", exc_info=error)
+    return error_response(failed(error))
 
 
 async def _api_error(request: HttpRequest, error: Exception) -> Response:
@@ -168,10 +192,6 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     answer = error_response(ApiError(error.detail, error.status_code, code=code))
     answer.headers.update(error.headers or {})
     return answer
-
-
-async def _client_gone(request: HttpRequest, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the log shows it
 
 
 async def _health(service: Service, request: HttpRequest) -> Response:

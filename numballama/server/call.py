@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from ..sampling import SamplingParams
@@ -29,7 +30,7 @@ class Call:
     """Requests with another salt share no pages of the KV cache: one for each API key."""
     arrived: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    key: str = field(default_factory=partial(secrets.token_hex, 16))
     """A part of the ids of its answers."""
     is_large: bool = False
     """Whether the body is so large that work on it takes long."""
@@ -103,23 +104,23 @@ def openai_error(error: ApiError) -> bytes:
     return event({"error": error.body["error"]}) + DONE
 
 
-def chunk_writer(call: Call, kind: str, name: str, with_usage: bool) -> Callable[[dict[str, Any]], bytes]:
-    """A function that makes the event of a chunk from its choice. What all chunks have in common is written once.
+class Chunks:
+    """Writes the events of a stream of chunks. What all have in common is written once.
 
     A chunk has one choice, as OpenAI's: many clients read only the first. `kind` is their `object`, `name` their id.
-    `with_usage`: they carry `usage: null`, because a last one has figures.
+    `with_usage`: they carry `usage: null`, and one after all others has figures and no choices.
     """
-    head = {"id": name, "object": kind, "created": call.created, "model": call.service.name}
-    before = event(head)[: -len(b"}\n\n")] + b',"choices":['
-    after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
 
-    def chunk(choice: dict[str, Any]) -> bytes:
-        return before + dumps(choice) + after
+    def __init__(self, call: Call, kind: str, name: str, with_usage: bool) -> None:
+        head = dumps({"id": name, "object": kind, "created": call.created, "model": call.service.name})
+        self._before = b"data: " + head[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        self._with_usage = with_usage
 
-    return chunk
+    def write(self, choice: bytes) -> bytes:
+        """The event of a choice, which is JSON."""
+        return self._before + choice + self._after
 
-
-def usage_chunk(call: Call, kind: str, name: str, usage: dict[str, Any]) -> bytes:
-    """The chunk after all others, which has the figures and no choices."""
-    head = {"id": name, "object": kind, "created": call.created, "model": call.service.name}
-    return event({**head, "choices": [], "usage": usage})
+    def end(self, usage: dict[str, Any]) -> bytes:
+        """The last events."""
+        return (self._before + b'],"usage":' + dumps(usage) + b"}\n\n" if self._with_usage else b"") + DONE

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import cache
 from typing import Any
 
 from starlette.responses import Response
 
 from ..engine.request import TokenLogprobs
 from . import chat_core
-from .call import Call, chunk_writer, usage_chunk
+from .call import Call, Chunks
 from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .content_tokens import Written
-from .http import DONE, JsonResponse, stream_of
+from .http import JsonResponse, dumps, stream_of
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
@@ -110,17 +111,34 @@ def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> A
     """The events of a stream."""
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage)
-    chunk = chunk_writer(call, CHUNK_KIND, name, with_usage)
-    roles = (_choice(index, {"role": "assistant", "content": ""}, None) for index in range(chat.generation.choices))
+    chunks = Chunks(call, CHUNK_KIND, name, with_usage)
 
-    async def parts() -> AsyncGenerator[bytes, None]:
-        async for batch in chat.pieces():
-            yield b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found))
+    def written(found: ChatPiece) -> bytes:
+        if len(found.events) == 1 and found.finish_reason is None and not request.logprobs:
+            event = found.events[0]
+            if isinstance(event, Content):  # nearly all chunks
+                before, after = _around_text(found.choice)
+                return chunks.write(before + dumps(event.text) + after)
+        return b"".join(chunks.write(dumps(choice)) for choice in _deltas(call, request, found))
 
-    def last() -> bytes:
-        return (usage_chunk(call, CHUNK_KIND, name, chat.usage()) if with_usage else b"") + DONE
+    def write(batch: list[ChatPiece]) -> bytes:
+        return b"".join(map(written, batch))
 
-    return stream_of(b"".join(map(chunk, roles)), parts(), lambda: chat.ended, last)
+    first = b"".join(chunks.write(_opening(index)) for index in range(chat.generation.choices))
+    return stream_of(first, chat.pieces(), write, lambda: chat.ended, lambda: chunks.end(chat.usage()))
+
+
+@cache
+def _opening(index: int) -> bytes:
+    """The choice in JSON that begins an answer."""
+    return dumps(_choice(index, {"role": "assistant", "content": ""}, None))
+
+
+@cache
+def _around_text(index: int) -> tuple[bytes, bytes]:
+    """What stands before and after the text in the JSON of a choice with content."""
+    before, _, after = dumps(_choice(index, {"content": ""}, None)).partition(b'""')
+    return before, after
 
 
 def _deltas(call: Call, request: ChatRequest, found: ChatPiece) -> list[dict[str, Any]]:

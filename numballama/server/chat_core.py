@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from ..engine.request import FinishReason, TokenLogprobs
 from ..errors import Error
+from ..generate import TextPart
 from ..sampling import SamplingParams
 from ..structured import compile_constraint
 from .call import Call
 from .content_tokens import ContentTokens, Written
 from .custom_tools import as_functions, custom_names
 from .errors import ApiError, failed, refused
-from .generation import Generation, Piece
+from .generation import Generation
 from .logprobs import token_text
 from .params import restriction_fields, sampling_params, token_limit
 from .protocol import ChatRequest, Message, template_message
@@ -42,7 +43,7 @@ ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 @dataclass
 class ChatPiece:
-    """What became known of one answer at a time: a `Piece` whose text has been parsed."""
+    """What became known of one answer at a time: a `TextPart` whose text has been parsed."""
 
     choice: int
     events: list[Event]
@@ -76,7 +77,7 @@ class ChatAnswers:
         self.generation = generation
         self._content = [ContentTokens() for _ in parsers] if content_tokens else None
         self._parsers, self._one_call, self._only_calls = parsers, one_call, only_calls
-        self._custom = [CustomCalls(custom_tools) for _ in parsers]
+        self._custom = [CustomCalls(custom_tools) for _ in parsers] if custom_tools else []
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
@@ -90,7 +91,7 @@ class ChatAnswers:
         """
         try:
             async for pieces in self.generation.pieces():
-                if found := [self._read(piece) for piece in pieces if piece.choice in self._open]:
+                if found := [self._read(piece) for piece in pieces if piece.index in self._open]:
                     yield found
                 if self.ended and not self.generation.all_ended:  # else it ends by itself
                     break
@@ -102,14 +103,16 @@ class ChatAnswers:
         finally:
             self.generation.cancel()
 
-    def _read(self, piece: Piece) -> ChatPiece:
+    def _read(self, piece: TextPart) -> ChatPiece:
         """Parse a piece of one answer. A second call ends it where only one is wanted."""
-        choice, stop_reason = piece.choice, piece.stop_reason
+        choice, stop_reason = piece.index, piece.stop_reason
         reason: ChatFinishReason | None = piece.finish_reason
         parser = self._parsers[choice]
         content: list[Written] = []
         each_token = parser.may_reason or self._content is not None
         events = self._feed(parser, piece, content) if each_token else parser.feed(piece.text)
+        if reason is None and len(events) == 1 and isinstance(events[0], Content) and not self._only_calls:
+            return ChatPiece(choice, events, piece.tokens, piece.logprobs, content)  # nearly always
         if reason is not None:
             rest = parser.finish()
             events += rest
@@ -126,10 +129,13 @@ class ChatAnswers:
             self._open.discard(choice)
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
-        merged = list(merge(self._custom[choice].convert(events, reason is not None)))
-        return ChatPiece(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)
+        if self._custom:
+            events = list(self._custom[choice].convert(events, reason is not None))
+        if len(events) > 1:
+            events = list(merge(events))
+        return ChatPiece(choice, events, piece.tokens, piece.logprobs, content, reason, stop_reason)
 
-    def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
+    def _feed(self, parser: Parser, piece: TextPart, content: list[Written]) -> list[Event]:
         """Events of a piece, token by token: tokens of reasoning are counted, those of content added to `content`."""
         events: list[Event] = []
         for text, token, logprobs in zip(piece.texts, piece.tokens, piece.logprobs, strict=True):
@@ -137,12 +143,12 @@ class ChatAnswers:
             found = parser.feed(text)
             events += found
             if self._content is not None:
-                content += self._content[piece.choice].add(text, (token, logprobs), found, parser.held)
+                content += self._content[piece.index].add(text, (token, logprobs), found, parser.held)
             if inside or parser.in_reasoning:
-                self.reasoning_tokens += 1 + self._undecided[piece.choice]
-                self._undecided[piece.choice] = 0
+                self.reasoning_tokens += 1 + self._undecided[piece.index]
+                self._undecided[piece.index] = 0
             elif parser.may_reason:
-                self._undecided[piece.choice] += 1
+                self._undecided[piece.index] += 1
         return events
 
     @property

@@ -10,10 +10,11 @@ from starlette.responses import Response
 from ..engine.logprobs import prompt_logprobs
 from ..engine.request import TokenLogprobs
 from ..errors import Error
-from .call import Call, chunk_writer, usage_chunk
+from ..generate import TextPart
+from .call import Call, Chunks
 from .errors import ApiError, refused
-from .generation import Generation, Piece, whole_texts
-from .http import DONE, JsonResponse, stream_of
+from .generation import Generation, whole_texts
+from .http import JsonResponse, dumps, stream_of
 from .logprobs import completion_logprobs
 from .params import sampling_params, token_limit
 from .protocol import CompletionRequest
@@ -115,7 +116,7 @@ def _events(
     """The events of a stream."""
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage)
-    chunk = chunk_writer(call, KIND, name, with_usage)
+    chunks = Chunks(call, KIND, name, with_usage)
     lengths = [0] * generation.choices
     first = b""
     if echo is not None:
@@ -124,28 +125,27 @@ def _events(
             logprobs = None
             if request.logprobs is not None:
                 logprobs = _logprobs(call, [], [], 0, echo, index // n)
-            first += chunk(_choice(index, text, logprobs))
+            first += chunks.write(dumps(_choice(index, text, logprobs)))
 
-    async def parts() -> AsyncGenerator[bytes, None]:
-        async for pieces in generation.pieces():
-            choices = [_streamed(call, request, piece, lengths) for piece in pieces]
-            yield b"".join(chunk(choice) for choice in choices if choice is not None)
+    def write(pieces: list[TextPart]) -> bytes:
+        choices = [_streamed(call, request, piece, lengths) for piece in pieces]
+        return b"".join(chunks.write(dumps(choice)) for choice in choices if choice is not None)
 
     def last() -> bytes:
-        return (usage_chunk(call, KIND, name, generation.usage()) if with_usage else b"") + DONE
+        return chunks.end(generation.usage())
 
-    return stream_of(first, parts(), lambda: generation.all_ended, last)
+    return stream_of(first, generation.pieces(), write, lambda: generation.all_ended, last)
 
 
-def _streamed(call: Call, request: CompletionRequest, piece: Piece, lengths: list[int]) -> dict[str, Any] | None:
+def _streamed(call: Call, request: CompletionRequest, piece: TextPart, lengths: list[int]) -> dict[str, Any] | None:
     """The choice of a chunk; None if there is nothing to say."""
     logprobs = None
     if request.logprobs is not None:
-        logprobs = _logprobs(call, piece.tokens, piece.logprobs, lengths[piece.choice])
+        logprobs = _logprobs(call, piece.tokens, piece.logprobs, lengths[piece.index])
     elif not piece.text and piece.finish_reason is None:
         return None
-    lengths[piece.choice] += len(piece.text)
-    return _choice(piece.choice, piece.text, logprobs, piece.finish_reason, piece.stop_reason)
+    lengths[piece.index] += len(piece.text)
+    return _choice(piece.index, piece.text, logprobs, piece.finish_reason, piece.stop_reason)
 
 
 def _choice(

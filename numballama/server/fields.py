@@ -18,6 +18,8 @@ MAX_STOPS, MAX_STOP, MAX_SCHEMA, MAX_DEPTH, MAX_CHOICES = 16, 256, 256 << 10, 64
 MAX_IGNORED = 20
 NO_EFFECT: tuple[object, ...] = (None, False, 0, "", [], {})
 """Values of unknown fields that ask for nothing."""
+_PLAIN = (str, int, float)
+"""Types of most fields."""
 T = TypeVar("T", bound="Request")
 
 
@@ -69,9 +71,10 @@ def _unknown(value: object, place: str = "") -> Iterator[str]:
     elif isinstance(value, RequestPart):
         if place:
             yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
-        for name, field in type(value).model_fields.items():
-            if isinstance(own := getattr(value, name), list | RequestPart):
-                yield from _unknown(own, f"{place}{field.alias or name}.")
+        for name in filter(value.model_fields_set.__contains__, value.__dict__):  # those that are given, in order
+            own = value.__dict__[name]
+            if not isinstance(own, _PLAIN) and isinstance(own, list | RequestPart):
+                yield from _unknown(own, f"{place}{type(value).model_fields[name].alias or name}.")
 
 
 def _depth(value: object, limit: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..engine.request import FinishReason, PlainToken, Request, Response, TokenLogprobs
-from ..generate import GenerationResponse, text_parts
+from ..generate import GenerationResponse, TextPart, text_parts
 from ..sampling import MAX_N, SamplingParams
 from ..structured.constraint import GrammarError
 from .errors import ApiError, engine_failed, failed, refused
@@ -17,24 +17,6 @@ from .service import DRAINING, Service, Ticket
 SHORT_PROMPTS = 4096
 """Tokens of a request's prompts, times `n`, that are submitted on the event loop at most: the engine checks and copies
 them, and holds its lock for a few instructions only."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """What became known of one text at a time: one token, or several when the reader was slower than the engine."""
-
-    choice: int
-    """Which text: prompt · n + index."""
-    text: str = ""
-    texts: list[str] = field(default_factory=list)
-    """What each token adds to the text."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    """Of each token; None unless the request asks for them."""
-    finish_reason: FinishReason | None = None
-    """None except in a text's last piece."""
-    stop_reason: str | int | None = None
-    """As in `GenerationResponse`."""
 
 
 @dataclass(slots=True)
@@ -167,15 +149,17 @@ class Generation:
         if ticket is not None:
             ticket.leave()
 
-    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+    async def pieces(self) -> AsyncGenerator[list[TextPart], None]:
         """Yield what is known of the texts as soon as it is: at most one piece of each at a time.
+
+        Its index is that of the prompt · n + that of the text.
 
         Ends when all texts have ended. Raises `ApiError`: 400 when a text cannot follow its grammar further,
         503 when the device fails for good or after `end`, 500 for other errors.
         """
         try:
             if len(self._requests) == 1:
-                async for responses in self._requests[0].unread():
+                while responses := await self._requests[0].unread():
                     yield self._join(0, responses)
                     if not self.all_ended:
                         await self._service.pause()
@@ -187,7 +171,7 @@ class Generation:
             if self._was_ended and not self.all_ended:
                 raise ApiError(DRAINING, 503, code="draining", retry_after=5)
             if left := [n for n, choice in enumerate(self._choices) if not choice.tokens]:  # max_tokens is 0
-                yield [Piece(choice, finish_reason="length") for choice in left]
+                yield [TextPart(choice, finish_reason="length") for choice in left]
         except ApiError:
             raise
         except GrammarError as error:
@@ -206,7 +190,7 @@ class Generation:
 
         async def read(number: int) -> None:
             try:
-                async for responses in self._requests[number].unread():
+                while responses := await self._requests[number].unread():
                     found.put_nowait((number, responses))
                 found.put_nowait((number, None))
             except Exception as error:
@@ -228,19 +212,14 @@ class Generation:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    def _join(self, number: int, found: list[Response | PlainToken]) -> list[Piece]:
+    def _join(self, number: int, found: list[Response | PlainToken]) -> list[TextPart]:
         """One piece for each text of a prompt, of what was read."""
         now = time.monotonic()
         if number not in self._begun:
             self._begin(number, now)
-        pieces = [
-            Piece(
-                number * self._n + part.index, "".join(part.texts), part.texts, part.tokens, part.logprobs,
-                part.finish_reason, part.stop_reason,
-            )
-            for part in text_parts(self._requests[number], found)
-        ]  # fmt: skip
+        pieces = text_parts(self._requests[number], found)
         for piece in pieces:
+            piece.index += number * self._n
             self._count(piece, now)
         return pieces
 
@@ -256,9 +235,9 @@ class Generation:
         metrics.queue.observe(max(request.admitted_at - self._arrived, 0))
         metrics.prefill.observe(max(now - request.admitted_at, 0))
 
-    def _count(self, piece: Piece, now: float) -> None:
+    def _count(self, piece: TextPart, now: float) -> None:
         """Count a text's new tokens, and the times between them."""
-        metrics, choice = self._service.metrics, self._choices[piece.choice]
+        metrics, choice = self._service.metrics, self._choices[piece.index]
         count = len(piece.tokens)
         if not choice.tokens:
             choice.first = choice.latest = now
@@ -293,7 +272,7 @@ class WholeText:
     finish_reason: FinishReason = "length"
     stop_reason: str | int | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: TextPart) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.logprobs += piece.logprobs
@@ -306,5 +285,5 @@ async def whole_texts(generation: Generation) -> list[WholeText]:
     texts = [WholeText() for _ in range(generation.choices)]
     async for pieces in generation.pieces():
         for piece in pieces:
-            texts[piece.choice].add(piece)
+            texts[piece.index].add(piece)
     return texts

@@ -9,23 +9,29 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from .client import Client, ClientGoneError, Section
+from .client import Client, ClientGoneError
 from .errors import ApiError, failed
 
 log = logging.getLogger("numballama.server")
+
+T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 LAST_S = 5.0
 """Time for a client to take the last event of a stream, when it reads slowly."""
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""nginx would otherwise hold events back."""
+STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would otherwise hold events back
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
+"""Headers of every stream."""
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -60,34 +66,30 @@ def error_response(error: ApiError) -> Response:
     return JsonResponse(error.body, error.status, error.headers)
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     """The body of a request, which must be JSON.
 
-    Raises `ApiError`: 415 for another content type, 413 for more than `limit` bytes, 408 when the client takes longer
-    than `timeout_s`. Raises `ClientGoneError`.
+    Raises `ApiError`: 415 for another content type, 413 for more than `limit` bytes. Raises `ClientGoneError`.
     """
     # also a protection: another site's page can send other types here, or none, without asking the browser
-    unnamed = "none" if "origin" in request.headers else "application/json"
-    kind = request.headers.get("content-type", unnamed).partition(";")[0].strip().lower()
+    unnamed = "none" if "origin" in headers else "application/json"
+    kind = headers.get("content-type", unnamed).partition(";")[0].strip().lower()
     if not (kind == "application/json" or kind.endswith("+json")):
         raise ApiError(f"Content-Type must be application/json, found {kind}", 415, code="unsupported_media_type")
     too_large = f"a body may have {limit:,} bytes"
-    length = request.headers.get("content-length", "")
+    length = headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limit:
         raise ApiError(too_large, 413, code="request_too_large")
     body = bytearray()
-    with Section() as section:
-        late = f"the body did not arrive within {timeout_s:g} s"
-        section.limit(timeout_s, ApiError(late, 408, code="request_timeout"))
-        while True:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            body.extend(message.get("body", b""))
-            if len(body) > limit:
-                raise ApiError(too_large, 413, code="request_too_large")
-            if not message.get("more_body", False):
-                return bytes(body)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        body.extend(message.get("body", b""))
+        if len(body) > limit:
+            raise ApiError(too_large, 413, code="request_too_large")
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 class LastEvent(bytes):
@@ -95,15 +97,21 @@ class LastEvent(bytes):
 
 
 async def stream_of(
-    first: bytes, events: AsyncGenerator[bytes, None], ended: Callable[[], bool], last: Callable[[], bytes]
+    first: bytes,
+    batches: AsyncGenerator[T, None],
+    write: Callable[[T], bytes],
+    ended: Callable[[], bool],
+    last: Callable[[], bytes],
 ) -> AsyncGenerator[bytes, None]:
-    """A stream's events. Each costs a call of the system, so `first` goes out with the first of `events`.
+    """A stream's events: what `write` makes of each batch. Each costs a call of the system, so `first` goes out with
+    the first of them.
 
-    What they yield when `ended` says that no answer goes on goes out with `last`.
+    The batch that comes when `ended` says that no answer goes on goes out with `last`.
     """
     held = first
     try:
-        async for data in events:
+        async for batch in batches:
+            data = write(batch)
             held += data
             if data and not ended():
                 yield held
@@ -122,7 +130,6 @@ class EventStream(Response):
     called. `on_error` makes the last event of an `ApiError`. After `keep_alive_s` without an event a comment is sent.
     """
 
-    media_type = "text/event-stream"
     client: Client | None = None
     """Who waits for it, if that is known already."""
 
@@ -133,17 +140,17 @@ class EventStream(Response):
         on_error: Callable[[ApiError], bytes],
         timeout_s: float,
         keep_alive_s: float,
-        headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(None, headers=STREAM_HEADERS | (headers or {}))
-        del self.headers["content-length"]
+        self.status_code, self.raw_headers = 200, [*STREAM_HEADERS]  # what `Response` would write anew for each
         self._events, self._close, self._on_error = events, close, on_error
         self._timeout_s, self._keep_alive_s = timeout_s, keep_alive_s
         self._complete = False
         """Whether the end of the answer has been sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = self.client or Client(receive)
+        if (client := self.client) is None:
+            client = Client(receive)
+            client.watch()
         comments = _Comments(send, self._keep_alive_s)
         last = b""
         try:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from . import chat_core
 from .call import Call
 from .chat import WholeMessage, whole_messages
-from .chat_core import ChatAnswers, ChatFinishReason
+from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .errors import ApiError
 from .fields import (
     MAX_INT,
@@ -330,20 +330,18 @@ def _events(call: Call, chat: ChatAnswers) -> AsyncGenerator[bytes, None]:
     writer, stopped = _Writer(), _stopped("length", None)
     nothing: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 
-    async def parts() -> AsyncGenerator[bytes, None]:
+    def write(batch: list[ChatPiece]) -> bytes:
         nonlocal stopped
-        async for batch in chat.pieces():
-            for found in batch:
-                if found.finish_reason is not None:
-                    stopped = _stopped(found.finish_reason, found.stop_reason)
-            yield b"".join(writer.write(each) for found in batch for each in found.events)
+        for found in batch:
+            if found.finish_reason is not None:
+                stopped = _stopped(found.finish_reason, found.stop_reason)
+        return b"".join(writer.write(each) for found in batch for each in found.events)
 
     def last() -> bytes:
         return writer.close() + _event("message_delta", delta=stopped, usage=_usage(chat)) + _event("message_stop")
 
-    return stream_of(
-        _event("message_start", message=_message(call, chat, [], nothing)), parts(), lambda: chat.ended, last
-    )
+    first = _event("message_start", message=_message(call, chat, [], nothing))
+    return stream_of(first, chat.pieces(), write, lambda: chat.ended, last)
 
 
 def _error_event(error: ApiError) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,9 +36,8 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineFigures(service))
-        self.http = Counter(
-            f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry
-        )
+        http = Counter(f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry)
+        self._answered = cache(http.labels)  # which looks for labels behind a lock
         self.reloads = Counter(
             f"{PREFIX}model_reloads", "Times that the model was loaded again", registry=self._registry
         )
@@ -47,16 +48,15 @@ class Metrics:
         """Create what requests for the model are counted with, now that it is loaded and has a name."""
         self.begun = True
 
-        def histogram(what: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(
-                PREFIX + what, text, ["model_name"], buckets=tuple(buckets), registry=self._registry
-            ).labels(name)
+        def histogram(what: str, text: str, bounds: Sequence[float]) -> Distribution:
+            found = Distribution(PREFIX + what, text, name, bounds)
+            self._registry.register(found)
+            return found
 
         self.first_token = histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token", SECONDS
         )
-        self.inter_token = TokenTimes(name, TOKEN_SECONDS)
-        self._registry.register(self.inter_token)
+        self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of one text", TOKEN_SECONDS)
         self.end_to_end = histogram(
             "e2e_request_latency_seconds", "From the request's arrival to its last token", REQUEST_SECONDS
         )
@@ -76,32 +76,34 @@ class Metrics:
             registry=self._registry,
         ).labels(name)
 
+    def answered(self, path: str, status: int) -> None:
+        """An HTTP request was answered. There are few different paths and states."""
+        self._answered(path, status).inc()
+
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class TokenTimes(Collector):
-    """The histogram of times between tokens. A piece of a text has several that share a time, and counts them at once.
+class Distribution(Collector):
+    """A histogram that the event loop's thread alone writes, so it needs no lock. It can count several equal values at
+    once, as the times between tokens of a piece of text."""
 
-    It is written by the event loop's thread only.
-    """
-
-    def __init__(self, model_name: str, bounds: Sequence[float]) -> None:
-        self._model_name, self._bounds = model_name, tuple(bounds)
+    def __init__(self, name: str, text: str, model_name: str, bounds: Sequence[float]) -> None:
+        self._name, self._text, self._model_name, self._bounds = name, text, model_name, tuple(bounds)
         self._counts, self._sum = [0] * (len(self._bounds) + 1), 0.0
+        self._created = time.time()
 
-    def observe(self, seconds: float, times: int = 1) -> None:
-        """`times` tokens came so long after the one before."""
-        self._counts[bisect_left(self._bounds, seconds)] += times
-        self._sum += seconds * times
+    def observe(self, value: float, times: int = 1) -> None:
+        """The value was seen so many times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def collect(self) -> Iterator[Metric]:
-        found = HistogramMetricFamily(
-            f"{PREFIX}inter_token_latency_seconds", "Between tokens of one text", labels=["model_name"]
-        )
+        found = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
         totals = zip([*(str(float(bound)) for bound in self._bounds), "+Inf"], accumulate(self._counts), strict=True)
         found.add_metric([self._model_name], [(bound, total) for bound, total in totals], self._sum)
+        found.add_sample(f"{self._name}_created", {"model_name": self._model_name}, self._created)
         yield found
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -27,7 +28,7 @@ from ..errors import Error
 from .affinity import choose, routing_key
 from .app import create_app
 from .call import openai_error
-from .client import ClientGoneError
+from .client import Client, ClientGoneError, body_is_late
 from .errors import ApiError
 from .http import error_response, event, read_body
 from .metrics import Merged
@@ -204,11 +205,12 @@ class Front:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         streams = started = False
-        request = Request(scope, receive)
+        client = Client(receive)
         try:
             body = b""
             if scope["method"] == "POST":
-                body = await read_body(request, self._settings.max_body, self._settings.body_timeout_s)
+                reading = read_body(Headers(scope=scope), receive, self._settings.max_body)
+                body = await client.run(reading, self._settings.body_timeout_s, body_is_late)
             messages = self._answer.remote(routing_key(body), _passed_on(scope), body)
             try:
                 async for batch in messages:
@@ -229,6 +231,8 @@ class Front:
             found = ApiError("the replica failed: try again", 503, code="replica_failed", retry_after=5)
         else:
             return
+        finally:
+            client.close()
         if not started:
             await error_response(found)(scope, receive, send)
         elif streams:

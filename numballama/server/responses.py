@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
-from .chat_core import ChatAnswers, ChatFinishReason
+from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .content_tokens import Written
 from .errors import ApiError
 from .fields import RequestPart
@@ -384,12 +384,11 @@ def _events(call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _W
     first = writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
     reason: ChatFinishReason = "length"
 
-    async def parts() -> AsyncGenerator[bytes, None]:
+    def write(batch: list[ChatPiece]) -> bytes:
         nonlocal reason
-        async for batch in chat.pieces():
-            for found in batch:
-                reason = found.finish_reason or reason
-            yield b"".join(writer.write(found.events, found.content_tokens) for found in batch)
+        for found in batch:
+            reason = found.finish_reason or reason
+        return b"".join(writer.write(found.events, found.content_tokens) for found in batch)
 
     def last() -> bytes:
         data = writer.write([Content("")]) if writer.is_empty else b""
@@ -398,4 +397,4 @@ def _events(call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _W
         writer.response = _response(call, request, chat, writer.items, reason)
         return data + writer.event(f"response.{status}", response=writer.response)
 
-    return stream_of(first, parts(), lambda: chat.ended, last)
+    return stream_of(first, chat.pieces(), write, lambda: chat.ended, last)

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import Error
 from .app import create_app
+from .client import LOST
 from .errors import ApiError
 from .guard import JsonFormatter
 from .http import dumps
@@ -138,6 +139,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
 
     class Connection(base):  # type: ignore[misc, valid-type]
         _timer: TimerHandle | None = None
+        _lost: Callable[[], None] | None = None
         _unread = 0
         """With httptools: bytes of a request since its beginning, or since the last of its body."""
         _inside, _begins, _has_body = False, False, False
@@ -162,6 +164,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._inside = self._begins = True
+            self.scope[LOST] = self._when_lost
 
         def on_body(self, body: bytes) -> None:
             super().on_body(body)
@@ -174,6 +177,14 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._unset_timer()
             super().connection_lost(exc)
+            lost, self._lost = self._lost, None  # what refers to this object would be a reference cycle
+            if self.scope is not None:
+                self.scope.pop(LOST, None)
+            if lost is not None:
+                lost()
+
+        def _when_lost(self, call: Callable[[], None]) -> None:
+            self._lost = call
 
         @property
         def _waits(self) -> bool:
@@ -339,6 +350,9 @@ def curl_line(url: str, settings: Settings) -> str:
 
 def prepare_log(as_json: bool) -> None:
     """Write the log to stderr, as lines of text or of JSON."""
+    # Python's way not to look for the place, thread and process of each line, which none of them names
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     form = "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(form))

@@ -14,6 +14,7 @@ from ..errors import Error
 from ..tokenizers.base import Tokenizer
 from .errors import ApiError, cause
 from .metrics import Metrics
+from .pauses import Pauses
 from .settings import Settings
 from .tools.formats import ToolFormat, choose_format
 
@@ -105,6 +106,7 @@ class Service:
         self._backend: Backend | None = None
         self._engine: TextEngine | None = None
         self.admission = Admission(0, 1, 0)
+        self._pauses = Pauses()
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
         self._slow_pool = ThreadPoolExecutor(SLOW_THREADS, "numballama server, slow")
         self._jobs: set[Future[Any]] = set()
@@ -219,7 +221,7 @@ class Service:
         """
         pause_s = min(self.admission.sequences, self.admission.slots) / EVENTS_PER_S
         if pause_s >= SHORTEST_PAUSE_S:
-            await asyncio.sleep(pause_s)
+            await self._pauses.wait(pause_s)
 
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""

@@ -299,7 +299,7 @@ class Decoder:
             texts.append(self.push(tokens[len(texts)]))
         rest, whole = tokens[len(texts) :], self._tokenizer.whole
         try:
-            return texts + [whole[token] for token in rest]
+            return texts + list(map(whole.__getitem__, rest))
         except KeyError:
             self._learn(rest)
         return texts + [self.push(token) for token in rest]

@@ -91,19 +91,19 @@ class Parser:
         self._closing_next = False  # `_closing` once the current call is one
         self._keep_space = True  # white space that comes next is content
         self._may_reason = reasoning is not None  # the first marker of reasoning may come next
-        self._step: Callable[[str, int], int] = self._begin
+        self._step: Callable[[Parser, str, int], int] = Parser._begin  # a bound method would be a reference cycle
         if in_reasoning and reasoning:
-            self._step, self._keep_space = self._reason, False
+            self._step, self._keep_space = Parser._reason, False
 
     @property
     def in_reasoning(self) -> bool:
         """Whether reasoning has begun and not ended."""
-        return self._step == self._reason
+        return self._step is Parser._reason
 
     @property
     def may_reason(self) -> bool:
         """Whether reasoning has begun or may come next."""
-        return self.in_reasoning or (self._may_reason and self._step == self._begin)
+        return self.in_reasoning or (self._may_reason and self._step is Parser._begin)
 
     @property
     def held(self) -> int:
@@ -113,10 +113,12 @@ class Parser:
 
     def feed(self, text: str) -> list[Event]:
         """The events of the next piece of text."""
+        if self._step is Parser._content and not (self._opens or self._held):  # all that comes is content
+            return [Content(text)] if text else []
         data, at = self._held + text, 0
         self._wait = False
         while at < len(data) and not self._wait:
-            at = self._step(data, at)
+            at = self._step(self, data, at)
         self._held = data[at:]
         return self._events()
 
@@ -126,16 +128,16 @@ class Parser:
         A call whose arguments have begun stays, with the arguments so far. Before that its text is content.
         """
         held, self._held = self._held, ""
-        if self._step == self._reason:
+        if self._step is Parser._reason:
             self._put(Reasoning(held))
-        elif self._step == self._after:
+        elif self._step is Parser._after:
             ends = (self._dialect.close if self._closing else "", *self._dialect.separators)
             if not any(end.startswith(held.rstrip()) for end in ends):
                 self._put(Content(held))
         else:
             before = self._call.text if self._call and not self._call.is_call else ""
             self._put(Content(before + held))
-        self._call, self._opens, self._closing, self._step = None, (), False, self._content
+        self._call, self._opens, self._closing, self._step = None, (), False, Parser._content
         return self._events()
 
     def _put(self, event: Content | Reasoning | CallArguments) -> None:
@@ -152,18 +154,18 @@ class Parser:
         if not self._keep_space:
             at = start
         elif start - at > _SPACES:
-            self._step = self._content
+            self._step = Parser._content
             return at
         if start == len(data):
             self._wait = True
             return at
         if self._may_reason and self._reasoning and (end := self._marker(data, start, self._reasoning[0])) is not None:
             if end:
-                self._step, self._keep_space, self._may_reason = self._reason, False, False
+                self._step, self._keep_space, self._may_reason = Parser._reason, False, False
             return end or at
         if self._bare and data[start] in "[{":
             return self._open(data, at, start, marked=False)
-        self._step = self._content
+        self._step = Parser._content
         return at
 
     def _reason(self, data: str, at: int) -> int:
@@ -182,7 +184,7 @@ class Parser:
         self._put(Reasoning(data[at:start]))
         if self._wait:
             return start
-        self._step, self._keep_space, self._may_reason = self._begin, False, False
+        self._step, self._keep_space, self._may_reason = Parser._begin, False, False
         return end
 
     def _content(self, data: str, at: int) -> int:
@@ -195,7 +197,7 @@ class Parser:
         if self._wait:
             return start
         if self._closing and data.startswith(self._dialect.close, end - len(self._dialect.close)):
-            self._closing, self._step = False, self._after
+            self._closing, self._step = False, Parser._after
             return end
         return self._open(data, start, end)
 
@@ -213,7 +215,7 @@ class Parser:
         self._call = CallReader(
             self._names, data[at:end], marked, dialect.named and marked, in_list, forbidden=self._forbidden
         )
-        self._step = self._read_call
+        self._step = Parser._read_call
         return end
 
     def _read_call(self, data: str, at: int) -> int:
@@ -230,13 +232,13 @@ class Parser:
             call.arguments.clear()
         self._wait = call.wait
         if call.status is Status.DONE:
-            self._closing, self._step = self._closing_next, self._after
+            self._closing, self._step = self._closing_next, Parser._after
         elif call.status is Status.BROKEN:
             if call.is_call:
                 self._closing = self._closing_next
             else:
                 self._put(Content(call.text))
-            self._call, self._step = None, self._content
+            self._call, self._step = None, Parser._content
         return at
 
     def _after(self, data: str, at: int) -> int:
@@ -266,7 +268,7 @@ class Parser:
                 for marker in self._opens:
                     if (end := self._marker(data, start, marker)) is not None:
                         return self._open(data, at, end) if end else at
-        self._call, self._step = None, self._content
+        self._call, self._step = None, Parser._content
         return at
 
     def _marker(self, data: str, at: int, marker: str) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import http.client
 import json
 import socket
@@ -18,10 +19,11 @@ from typing import Any
 import pytest
 
 from numballama.errors import Error
+from numballama.generate import TextPart
 from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
 from numballama.server.app import ALIASES, GETS, POSTS, create_app
-from numballama.server.generation import Generation, Piece
+from numballama.server.generation import Generation
 from numballama.server.service import SLOW_THREADS, THREADS
 from numballama.server.settings import Settings
 from numballama.server.tools import formats
@@ -448,8 +450,8 @@ def test_tokens_that_come_together_are_all_counted() -> None:
     metrics = SimpleNamespace(inter_token=SimpleNamespace(observe=lambda *each: seen.append(each)))
     choices = [SimpleNamespace(tokens=0, first=0.0, latest=0.0)]
     generation: Any = SimpleNamespace(_service=SimpleNamespace(metrics=metrics), _choices=choices)
-    Generation._count(generation, Piece(0, tokens=[1, 2, 3]), 5.0)
-    Generation._count(generation, Piece(0, tokens=[4, 5]), 7.0)
+    Generation._count(generation, TextPart(0, tokens=[1, 2, 3]), 5.0)
+    Generation._count(generation, TextPart(0, tokens=[4, 5]), 7.0)
     assert seen == [(0, 2), (1, 2)]
 
 
@@ -575,3 +577,28 @@ def test_tools_are_not_checked_on_the_event_loop(server: Running, monkeypatch: p
     count = len(places)
     assert server.post("/v1/chat/completions", body | {"n": 4}).status == 200
     assert count and places == [False] * 2 * count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_leaves_nothing_to_the_garbage_collector(server: Running, stream: bool) -> None:
+    """All of it is freed when it ends: a collection would stop the engine's thread, too, for milliseconds."""
+    body = {"messages": [{"role": "user", "content": "a story"}], "max_tokens": 4, "stream": stream}
+
+    def ask() -> None:
+        assert server.post("/v1/chat/completions", body).status == 200
+        eventually(lambda: server.idle, "the end of the request")
+
+    ask()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            ask()
+        gc.collect()
+        found = {type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith("numballama.")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not found

@@ -78,7 +78,7 @@ def test_what_goes_out_together(fails: bool) -> None:
     async def read() -> list[bytes]:
         found: list[bytes] = []
         try:
-            async for data in stream_of(b"1", parts(), lambda: ended, lambda: b"2"):
+            async for data in stream_of(b"1", parts(), bytes, lambda: ended, lambda: b"2"):
                 found.append(data)
         except ValueError:
             found.append(b"failed")

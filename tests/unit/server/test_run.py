@@ -218,15 +218,19 @@ def test_a_line_of_json() -> None:
     assert line["message"] == "a b" and line["status"] == 200 and line["level"] == "ERROR"
 
 
-def test_the_benchmark(server: Running, tmp_path: Path) -> None:
-    """`benchmarks/serve.py` on a running server: what it writes and prints."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_benchmark(server: Running, tmp_path: Path, processes: int) -> None:
+    """`benchmarks/serve.py` on a running server: what it writes and prints, with clients in one process or in two."""
     out = tmp_path / "out.json"
     script = Path(__file__).parents[3] / "benchmarks" / "serve.py"
-    words = ["--clients", "2", "--requests", "2", "--rounds", "1", "--max-tokens", "4", "--prompt-words", "5"]
+    words = ["--clients", "3", "--requests", "2", "--rounds", "1", "--max-tokens", "4", "--prompt-words", "5"]
+    words += ["--processes", str(processes)]
     command = [sys.executable, str(script), f"ours={server.url}", *words, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done.stderr
-    assert "2 clients: ours: " in done.stdout
-    (found,) = json.loads(out.read_text(encoding="utf-8"))["2 clients"]["ours"]["rounds"]
-    assert found["failed"] == 0 and found["requests"] == 4 and found["tokens_per_second"] > 0
+    assert "3 clients: ours: " in done.stdout
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["processes"] == {"3 clients": processes}
+    (found,) = report["3 clients"]["ours"]["rounds"]
+    assert found["failed"] == 0 and found["requests"] == 6 and found["tokens_per_second"] > 0
     assert found["ttft_ms"]["p50"] <= found["e2e_ms"]["p50"]
