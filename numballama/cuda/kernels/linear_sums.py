@@ -195,15 +195,27 @@ def exchanged(a, b, distance, is_second):
 
 @device
 def send_rows(link, token, row, tokens, rows, eight):
-    """Send eight rows of a token's results to all ranks, this one too, if there are such a token and row."""
+    """Send eight rows of a token's results to all ranks, this one too, if there are such a token and row.
+
+    Of two lanes, 2n and 2n + 1, the second has the same rows of the token two further. Each stores half of the first's
+    rows, then half of the second's: the 128 bytes of a token's 32 rows cross the link together.
+    """
     inbox_at, slot, _, peers, _, rank, ranks = link
     (a, b, c, d), (e, f, g, h) = eight
-    if token < tokens and row < rows:
-        place = inbox_at + place_of_rows(token, row, rows)
-        for other in range(ranks):
-            to = peers[other] + place + slot_of(rank, other, ranks) * slot
-            st_relaxed_v4_u32(to, number_to_send(a), number_to_send(b), number_to_send(c), number_to_send(d))
-            st_relaxed_v4_u32(to + 16, number_to_send(e), number_to_send(f), number_to_send(g), number_to_send(h))
+    odd = cuda.threadIdx.x & 1
+    a, e = exchanged(a, e, 1, odd)
+    b, f = exchanged(b, f, 1, odd)
+    c, g = exchanged(c, g, 1, odd)
+    d, h = exchanged(d, h, 1, odd)
+    token -= 2 * odd
+    for other in range(ranks):
+        to = peers[other] + inbox_at + slot_of(rank, other, ranks) * slot + 16 * odd
+        if token < tokens and row < rows:
+            st_relaxed_v4_u32(to + place_of_rows(token, row, rows), number_to_send(a), number_to_send(b),
+                              number_to_send(c), number_to_send(d))  # fmt: skip
+        if token + 2 < tokens and row < rows:
+            st_relaxed_v4_u32(to + place_of_rows(token + 2, row, rows), number_to_send(e), number_to_send(f),
+                              number_to_send(g), number_to_send(h))  # fmt: skip
 
 
 @device
