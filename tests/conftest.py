@@ -1,11 +1,15 @@
-"""Settings of hypothesis for every test and for the fast tier, and the fixture of real models."""
+"""Settings of hypothesis for every test and for the fast tier, of processes for speed, and the fixture of models."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+
+# before NumPy is imported: threads of the reference's small products wait for each other longer than they compute
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.random_models import MODELS
@@ -24,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """`pytest -m "not slow"` tries a tenth of the examples, except where a test says how many it needs."""
     if "not slow" in config.getoption("markexpr"):
         settings.load_profile("fast")
+
+
+def pytest_collection_finish() -> None:
+    """Each `compile` collects garbage. It then passes over the tests and modules, which live until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -131,32 +131,24 @@ class Lane:
             self.block.fail(error)
         self.state = "done"
 
-    def _wait(self, state: str) -> None:
+    def wait(self, state: str) -> None:
         """Let others run, directly: a way by the thread that runs the block would be a switch more."""
-        self.state = state
-        following = self.block.following()
+        self.state, block = state, self.block
+        ready = block.warps[0][1]  # mostly the next one of the same warp
+        following = ready.popleft() if ready and block.error is None else block.following()
         if following is not self:
             simulation.running = following
             if following.begun:
                 following.go_on()
             else:
-                self.block.root.switch(following)  # a greenlet that another one starts has a part of its stack
-        if self.block.error is not None:
+                block.root.switch(following)  # a greenlet that another one starts has a part of its stack
+        if block.error is not None:
             raise _Aborted
-
-    def syncthreads(self) -> None:
-        self._wait("barrier")
 
     def pause(self) -> None:
         """Let all other threads that can run do so first."""
         self.block.put_back(self)
-        self._wait("ready")
-
-    def shuffle(self, value: Any, apart: int) -> Any:
-        """The value of the lane whose number differs in the bits of `apart`."""
-        self.value, self.apart = value, apart
-        self._wait("shuffle")
-        return self.value
+        self.wait("ready")
 
 
 class BlockManager:
@@ -174,7 +166,7 @@ class BlockManager:
         function = partial(self._function, *arguments)
         self.lanes = [Lane(i, self, place, function) for i in range(self._count)]
         warps = [self.lanes[first : first + 32] for first in range(0, self._count, 32)]
-        self._warps = deque((warp, deque(warp)) for warp in simulation.order.sample(warps, len(warps)))
+        self.warps = deque((warp, deque(warp)) for warp in simulation.order.sample(warps, len(warps)))
         before, simulation.running = simulation.running, None
         try:
             following = self.following()
@@ -191,20 +183,20 @@ class BlockManager:
 
     def put_back(self, lane: Lane) -> None:
         """Run a thread again after all others."""
-        for warp, ready in self._warps:
+        for warp, ready in self.warps:
             if warp[0].number == lane.number // 32 * 32:
                 ready.append(lane)
-        self._warps.rotate(-1)
+        self.warps.rotate(-1)
 
     def following(self) -> Lane | None:
         """The thread to run next; None when all are done."""
         if self.error is not None:
             return next((lane for lane in self.lanes if lane.state != "done"), None)
-        for _ in range(len(self._warps)):
-            warp, ready = self._warps[0]
+        for _ in range(len(self.warps)):
+            warp, ready = self.warps[0]
             if ready or self._exchange(warp, ready):
                 return ready.popleft()
-            self._warps.rotate(-1)
+            self.warps.rotate(-1)
         states = {lane.state for lane in self.lanes}
         if states == {"done"}:
             return None
@@ -213,7 +205,7 @@ class BlockManager:
             return self.following()
         for lane in self.lanes:
             lane.state = "ready"
-        self._warps = deque((warp, deque(warp)) for warp, _ in simulation.order.sample(self._warps, len(self._warps)))
+        self.warps = deque((warp, deque(warp)) for warp, _ in simulation.order.sample(self.warps, len(self.warps)))
         return self.following()
 
     def _exchange(self, warp: list[Lane], ready: deque[Lane]) -> bool:
@@ -289,14 +281,18 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         return simulation.running.blockIdx
 
     def syncthreads(self) -> None:
-        lane().syncthreads()
+        simulation.running.wait("barrier")
 
     def syncwarp(self) -> None:
-        lane().shuffle(None, 1)
+        self.shfl_xor_sync(0xFFFFFFFF, None, 1)
 
     def shfl_xor_sync(self, mask: int, value: Any, apart: int) -> Any:
+        """The value of the lane whose number differs in the bits of `apart`."""
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
-        return lane().shuffle(value, int(apart))
+        own = simulation.running
+        own.value, own.apart = value, int(apart)
+        own.wait("shuffle")
+        return own.value
 
 
 numba_simulator.BlockManager = BlockManager
@@ -334,8 +330,15 @@ class Pointer:
             self.address + index * self.bytes_each
         ):
             return math.nan if self.dtype.kind == "f" else -1
-        value = self._view[index]
-        return value.item() if self._plain else value
+        return self._view.item(index) if self._plain else self._view[index]
+
+    def four(self, index: int) -> list[Any]:
+        """What `ld_v4_f32` loads: four float32, which are whole 16 bytes."""
+        assert self.name == "float32"
+        assert (self.address + index * self.bytes_each) % 16 == 0, f"ld_v4_f32 at element {index}"
+        if not 0 <= index <= self.size - 4 or not (self.shared or simulation.running.waited):
+            return [np.float32(self[index + i]) for i in range(4)]
+        return list(self._view[index : index + 4])
 
     def __setitem__(self, index: int, value: Any) -> None:
         if not 0 <= index < self.size:

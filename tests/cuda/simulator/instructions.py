@@ -43,9 +43,7 @@ def _shared_address(memory: Pointer, index: int) -> int:
 
 
 def _ld_v4_f32(memory: Pointer, index: int) -> tuple[Any, ...]:
-    assert memory.name == "float32"
-    assert _address(memory, index) % 16 == 0, f"ld_v4_f32 at element {index}"
-    return tuple(np.float32(memory[index + i]) for i in range(4))
+    return tuple(memory.four(index))
 
 
 def _st_v4_f32(memory: Pointer, index: int, *numbers: Any) -> None:
@@ -58,11 +56,11 @@ def _st_v4_f32(memory: Pointer, index: int, *numbers: Any) -> None:
 def _dot_16_bytes(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
     if memory.name in ("int8", "uint8"):
         return np.float32(0)
-    numbers, total = _numbers(memory.name, words), 0.0
+    numbers, total = _numbers(memory.name, words).tolist(), 0.0
     for four in range(len(numbers) // 4):
-        others = _ld_v4_f32(x, index + four * step)
-        for i in range(4):
-            total += float(numbers[4 * four + i]) * float(others[i])
+        a, b, c, d = map(float, x.four(index + four * step))
+        first, second, third, fourth = numbers[4 * four : 4 * four + 4]
+        total = total + first * a + second * b + third * c + fourth * d
     return np.float32(total)
 
 
