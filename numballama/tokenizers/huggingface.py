@@ -246,6 +246,11 @@ def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], pa
     if settings.eos is not None and eos is None:
         notes.append(f"the tokenizer has no {settings.eos!r}, its EOS according to the files beside it")
     before, after = _around(library, path)
+    known = set(ids.values())
+    if unknown := sorted({*before, *after} - known):
+        listed = ", ".join(map(str, unknown))
+        notes.append(f"the post-processor of tokenizer.json adds id {listed}, which no token has: left out")
+        before, after = ([token for token in part if token in known] for part in (before, after))
     bos = before[0] if bos is None and len(before) == 1 else bos
     eos = after[0] if eos is None and len(after) == 1 else eos
     for flag, name, token, added in (

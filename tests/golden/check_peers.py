@@ -118,6 +118,10 @@ def _architectures() -> dict[str, Any]:
 
     llama = ModelConfig(48, 64, 2, 6, 2, 1, 128, rope_pairing=HALF_SPLIT, tied_embeddings=False)
     qwen2, qwen3 = replace(llama, qkv_bias=True), replace(llama, qk_norm=True, head_dim=16)
+    yarn = RopeScaling("yarn", 4.0, original_context=16)
+    # the peers choose longrope's factors by a text's length and by the context: these agree below 4 and above 1,000
+    factors = {"factors": (1.0, 1.1, 1.3, 2.0), "long_factors": (1.0, 2.0, 5.0, 9.5)}
+    longrope = RopeScaling("longrope", original_context=4, attention_factor=1.2, **factors)
     return {
         "llama": llama,
         "llama-tied": replace(llama, tied_embeddings=True),
@@ -128,6 +132,12 @@ def _architectures() -> dict[str, Any]:
         "llama3": replace(llama, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, original_context=64)),
         "llama-linear": replace(llama, rope_scaling=RopeScaling("linear", 4.0)),
         "llama-dynamic": replace(llama, rope_scaling=RopeScaling("dynamic", 2.0)),
+        "llama-yarn": replace(llama, rope_scaling=yarn),
+        "llama-yarn-attention": replace(llama, rope_scaling=replace(yarn, attention_factor=1.7)),
+        "llama-longrope": replace(llama, rope_scaling=longrope),
+        "llama-longrope-short": replace(llama, rope_scaling=replace(longrope, original_context=1000)),
+        "qwen2-yarn": replace(qwen2, rope_scaling=yarn),
+        "qwen3-yarn": replace(qwen3, rope_scaling=yarn),
         "llama-interleaved": replace(llama, rope_pairing="interleaved", norm_eps=1e-6),
         "mistral-window": replace(llama, window=100),
         "mistral-short-window": replace(llama, window=8),

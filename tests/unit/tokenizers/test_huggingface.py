@@ -95,6 +95,28 @@ def test_one_flag_leaves_the_other_alone(tmp_path: Path) -> None:
         assert load_tokenizer(tmp_path).encode("frog</s>the", special=True) == expected
 
 
+@pytest.mark.parametrize("single", [["x", "A"], ["A", "x"], ["x", "b", "A", "b"]])
+def test_a_post_processor_with_an_id_that_no_token_has(tmp_path: Path, single: list[str]) -> None:
+    """It would be fed as an id without a row of the embedding. It is left out, with a note, and is no BOS or EOS."""
+    content = make_tokenizer_classes.tokenizer_json("bytes", "none")
+    ids = {"b": content["model"]["vocab"]["b"], "x": 99_999}
+    parts = {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in ids}
+    sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [parts.get(name, sequences[0]) for name in single],
+        "pair": sequences,
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in ids.items()},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    around = [ids["b"]] if "b" in single else []
+    assert tokenizer.encode("frog") == [*around, 264, *around]
+    assert 99_999 not in (*tokenizer.encode("frog"), tokenizer.bos_id, tokenizer.eos_id)
+    (note,) = tokenizer.notes
+    assert note == "the post-processor of tokenizer.json adds id 99999, which no token has: left out"
+
+
 def test_added_tokens_of_the_files_beside(tmp_path: Path) -> None:
     """added_tokens_decoder, added_tokens.json and special_tokens_map.json add tokens and change flags."""
     content = make_tokenizer_classes.tokenizer_json("bytes", "none")

@@ -416,7 +416,7 @@ def test_mutations_end_in_an_error_or_in_a_model(tmp_path: Path, sample: bytes) 
     vocabulary = sample.index(b"tokenizer.ggml.tokens")
     extremes = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
     opened = 0
-    started = time.perf_counter()
+    started = time.process_time()  # what it waits, on a machine with other work, does not count
     for _ in range(3000):
         data = bytearray(sample)
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -448,4 +448,4 @@ def test_mutations_end_in_an_error_or_in_a_model(tmp_path: Path, sample: bytes) 
             with contextlib.suppress(Error):  # a vocabulary may lack what a text needs
                 tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
     assert 100 < opened < 2500
-    assert time.perf_counter() - started < 15
+    assert time.process_time() - started < 15
