@@ -160,6 +160,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
     a row, pairs per block, blocks with one pair more, and stages to copy ahead.
     """
+    prefetch_norm(norm, normed, 0, columns)
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, prefetch = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     n_pairs, elements, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
@@ -189,7 +190,6 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
         cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
-    prefetch_norm(norm, normed, 0, columns)
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:
