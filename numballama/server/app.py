@@ -142,21 +142,21 @@ class Post:
         call = Call(self._service, None if key is None else f"key-{key}")
         client = Client(receive, scope.get(LOST))
         try:
-            reading = read_body(Headers(scope=scope), receive, settings.max_body)
-            body = await client.run(reading, settings.body_timeout_s, body_is_late)
-            if settings.log_prompts:
-                log.info("body: %s", body.decode("utf-8", "replace"))
-            client.watch()
-            found = await client.run(self._answer(call, body), settings.request_timeout_s)
-            if isinstance(found, EventStream):
-                found.client = client
-        except ClientGoneError:
-            found = Response(status_code=499)  # nobody reads it; the log shows it
-        except ApiError as error:
-            found = error_response(error)
-        except Exception as error:
-            found = _unexpected(error)
-        try:
+            try:
+                reading = read_body(Headers(scope=scope), receive, settings.max_body)
+                body = await client.run(reading, settings.body_timeout_s, body_is_late)
+                if settings.log_prompts:
+                    log.info("body: %s", body.decode("utf-8", "replace"))
+                client.watch()
+                found = await client.run(self._answer(call, body), settings.request_timeout_s)
+                if isinstance(found, EventStream):
+                    found.client = client
+            except ClientGoneError:
+                found = Response(status_code=499)  # nobody reads it; the log shows it
+            except ApiError as error:
+                found = error_response(error)
+            except Exception as error:
+                found = _unexpected(error)
             found.raw_headers.append((b"x-request-id", call.key.encode()))
             await found(scope, receive, send)
         finally:

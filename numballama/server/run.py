@@ -185,6 +185,7 @@ def _connection_class(base: type[Protocol], head_s: float) -> type[Any]:
 
         def _when_lost(self, call: Callable[[], None]) -> None:
             self._lost = call
+            self.flow.resume_reading()  # a large part of a body has paused it: then a loss would not be seen
 
         @property
         def _waits(self) -> bool:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
-from starlette.types import Message, Receive
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.server import ServerState
 
-from numballama.server.client import Client, ClientGoneError, Section, body_is_late
+from numballama.server.app import Post
+from numballama.server.client import LOST, Client, ClientGoneError, Section, body_is_late
 from numballama.server.errors import ApiError
+from numballama.server.fields import Request
+from numballama.server.http import read_body
+from numballama.server.run import Address, connection_class, server_config
+from numballama.server.settings import Settings
 
 T = TypeVar("T")
 
@@ -151,3 +160,81 @@ def test_a_connection_may_tell_when_it_is_lost() -> None:
 
     asyncio.run(work())
     assert len(calls) == 1
+
+
+class Line(asyncio.Transport):
+    """A connection that only says whether it is read."""
+
+    reads = True
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_connection_is_read_after_a_large_body() -> None:
+    """uvicorn reads no further when much of a body has come, and would not see that the client is gone."""
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        client = Client(receive, scope.get(LOST))
+        seen.append(f"{len(await read_body(Headers(scope=scope), receive, 1 << 20)):,} bytes")
+        client.watch()
+        try:
+            await client.run(asyncio.sleep(60), 60)
+        except ClientGoneError:
+            seen.append("gone")
+        client.close()
+
+    async def work() -> None:
+        config = server_config(app, Address(port=0))
+        line, connection = Line(), connection_class(60)(config, ServerState(), {})
+        connection.connection_made(line)
+        connection.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n")
+        await asyncio.sleep(0.01)
+        connection.data_received(b" " * 200_000)
+        assert not line.reads
+        await asyncio.sleep(0.01)
+        assert line.reads
+        connection.connection_lost(None)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert seen == ["200,000 bytes", "gone"]
+
+
+def test_a_request_that_is_cancelled_leaves_no_timer() -> None:
+    """As one that a server which shuts down waits for no longer."""
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError("nothing comes")
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nobody answers")
+
+    async def handler(call: object, request: object) -> Any:
+        raise AssertionError("there is no body")
+
+    async def work() -> None:
+        post = Post(SimpleNamespace(settings=Settings()), Request, handler)  # type: ignore[arg-type]
+        task = asyncio.ensure_future(post({"type": "http", "headers": []}, receive, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        clients, loop = (each for each in gc.get_objects() if isinstance(each, Client)), asyncio.get_running_loop()
+        assert not [each for each in clients if each._loop is loop and is_set(each._timer)]
+
+    def is_set(timer: asyncio.TimerHandle | None) -> bool:
+        return timer is not None and not timer.cancelled()
+
+    asyncio.run(work())
