@@ -124,7 +124,9 @@ def _launch(
     weight are added up over ranks if there are `sums`.
     """
     first, tokens, columns = weights[0], x.shape[0], x.shape[1]
-    by_wide = wide.wanted(ctx, tokens, first.payload.dtype, columns)
+    # not where another rank may have no such kernels: it would look for results elsewhere
+    alike = not sums or (ctx.peers is not None and ctx.peers.alike)
+    by_wide = alike and wide.wanted(ctx, tokens, first.payload.dtype, columns)
     if sums and not sums.hold(round_up(first.shape[0], SKINNY_ROWS) * round_up(tokens, 8), by_wide):
         return _launch(ctx, x, norm, eps, weights, outs, paired, residual, workspace) + sums.of(ctx, outs[0])
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]

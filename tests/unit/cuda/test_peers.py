@@ -151,14 +151,22 @@ def test_a_linear_step_adds_up_its_results_where_they_have_room(tokens: int, row
     assert places == {None} or places == {at for at, _ in collectives.empty_parts(2, 64)}
 
 
-@pytest.mark.parametrize(("alike", "last"), [(True, "add_up_pieces_kernel"), (False, "all_reduce_words_kernel")])
-def test_gpus_that_differ_send_no_tiles(alike: bool, last: str) -> None:
-    """How wide a tile is depends on the number of multiprocessors, and whether there are any on the capability."""
+@pytest.mark.parametrize(
+    ("tokens", "alike", "last"),
+    [
+        (512, True, "add_up_pieces_kernel"), (512, False, "all_reduce_words_kernel"),
+        (64, True, "add_up_rows_kernel"), (64, False, "skinny_sum_all_reduce_kernel"),
+    ],
+)  # fmt: skip
+def test_gpus_that_differ_send_neither_tiles_nor_rows(tokens: int, alike: bool, last: str) -> None:
+    """How wide a tile is depends on the number of multiprocessors, and whether there are kernels for tiles and rows on
+    the capability.
+    """
     ctx = context(0)
     assert ctx.peers is not None
     ctx = replace(ctx, wgmma=True, shared_limit=227 << 10, peers=replace(ctx.peers, alike=alike))
     weight = Matrix((64, 256), array(64, 256, dtype="f16"), 512, array(64, 256, dtype="f16"))
-    operands = array(512, 256), weight, ctx.peers.exchange, ctx.peers.arrivals, array(512, 64), array(1 << 22)
+    operands = array(tokens, 256), weight, ctx.peers.exchange, ctx.peers.arrivals, array(tokens, 64), array(1 << 22)
     assert linear.linear_all_reduce(ctx, *operands, rank=0, half=0)[-1].name == last
 
 
