@@ -75,7 +75,8 @@ def pdl_sync():
     Every kernel calls this, or its two halves, before it reads what another kernel wrote or writes anything itself.
     A kernel may let the next one start before it waits: then kernels further on begin while those before still run.
     Before it waits a kernel reads only what nothing of this run writes: weights, keys of earlier runs. `skinny_sum`
-    reads residuals, too, because the kernels of `skinny`, before it, start the next one after their own wait.
+    reads residuals, too, because the kernels of `skinny`, before it, start the next one after their own wait. Kernels
+    that call `add_up_rows` read and write before they wait: each number that comes says that the sender's wait is over.
     """
     griddepcontrol_wait()
     griddepcontrol_launch_dependents()

@@ -31,7 +31,7 @@ from .rounding import load4, scales_for, warp_largest_of
 
 @device
 def piece_of(x, start, norm, normed, k, inside, columns):
-    """(a piece of a row of x from column k on, zeros if not `inside`; the norm's weight for it, or x again)."""
+    """(a piece of a row of x from column k on, zeros if not `inside`; the norm's weight for it, or zeros)."""
     return eight_of(x, start, k, inside, columns), eight_of(norm, 0, k, inside and normed, columns)
 
 
