@@ -359,7 +359,8 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("wide q8_0, 100 of 128 tokens", linear_all_reduce, "q8_0", 128, 100, 256, 168)
     turns = 1, 12, 24, 136, 24, 12, 1, 24, 136
     add("kernels in turn f16", kernels_in_turn, "f16", turns, 64, 72)
-    add("wide bf16, sums rounded, an odd number of rows", sums_rounded, "bf16", 24, 18, 128, 45, always=True)
+    add("wide bf16, sums rounded, an odd number of rows", sums_rounded, "bf16", 24, 18, 128, 45)
+    add("wide bf16, sums rounded once", sums_rounded, "bf16", 24, 18, 64, 45, 1, always=True)
     add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 288)
     add("wgmma f16, 150 of 160 tokens", linear_all_reduce, "f16", 160, 150, 64, 264)
     add("wgmma q4_0, 200 of 224 tokens", linear_all_reduce, "q4_0", 224, 200, 64, 130)
