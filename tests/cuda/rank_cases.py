@@ -156,7 +156,7 @@ def linear_all_reduce(
 
 def kernels_in_turn(machines: Sequence[Any], kind: str, counts: Sequence[int], columns: int, width: int) -> float:
     """Linear steps of these numbers of tokens, whose kernels lay out the inbox in their own ways, one after the other:
-    each finds it as it needs it, in both halves.
+    each finds it as it needs it.
     """
     ranks = Ranks(machines, 1, [1] * len(machines))
     rng = np.random.default_rng(10)
