@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from numballama.server import app
 from numballama.server.app import Post
 from numballama.server.client import LOST, Client, ClientGoneError, Section, body_is_late
 from numballama.server.errors import ApiError
@@ -211,8 +211,16 @@ def test_a_connection_is_read_after_a_large_body() -> None:
     assert seen == ["200,000 bytes", "gone"]
 
 
-def test_a_request_that_is_cancelled_leaves_no_timer() -> None:
+def test_a_request_that_is_cancelled_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that a server which shuts down waits for no longer."""
+    made: list[Client] = []
+
+    class Recorded(Client):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(app, "Client", Recorded)
 
     async def receive() -> Message:
         await asyncio.sleep(60)
@@ -228,11 +236,12 @@ def test_a_request_that_is_cancelled_leaves_no_timer() -> None:
         post = Post(SimpleNamespace(settings=Settings()), Request, handler)  # type: ignore[arg-type]
         task = asyncio.ensure_future(post({"type": "http", "headers": []}, receive, send))
         await asyncio.sleep(0.01)
+        (client,) = made
+        assert is_set(client._timer), "it waits for the body"
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        clients, loop = (each for each in gc.get_objects() if isinstance(each, Client)), asyncio.get_running_loop()
-        assert not [each for each in clients if each._loop is loop and is_set(each._timer)]
+        assert not is_set(client._timer)
 
     def is_set(timer: asyncio.TimerHandle | None) -> bool:
         return timer is not None and not timer.cancelled()
