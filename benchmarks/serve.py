@@ -175,7 +175,7 @@ MOST_PROCESSES = 8
 
 
 def processes_for(clients: int, wanted: int | None = None) -> int:
-    """In how many processes so many clients are."""
+    """The number of processes that share `clients` clients; `wanted` if it is given."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(min(clients, min(cores // 2, MOST_PROCESSES) if wanted is None else wanted), 1)
 

@@ -34,7 +34,7 @@ RESULT_TOKENS = 2048
 WIDEST = 256
 """Columns of the widest tile of results."""
 OWN_PART = RESULT_TOKENS // 128
-"""A rank's slot is so many times as large as the one after all slots, for its own results of up to 128 tokens."""
+"""How many of the slot after all others, for a rank's own results of up to 128 tokens, make up one rank's slot."""
 
 
 def exchange_size(ranks: int, columns: int) -> int:
