@@ -5,14 +5,20 @@ python benchmarks/batched.py [--device cuda] [--models TinyLlama-1.1B:bf16 …] 
 Models have real shapes and random weights (see gpu.py). Each sequence has a prompt of 128 random tokens and generates
 128 greedy ones. Counted is what all generate from the last first token to the first last one, while all generate;
 medians of the rounds. `--stall` also measures how long others wait when a long prompt arrives.
+If `llama-batched-bench` is on the PATH, llama.cpp runs the same shapes with as many threads or on the same GPU, from a
+GGUF file in a temporary folder ($TMPDIR: up to 14 GB).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,8 +27,10 @@ import numpy as np
 from gpu import compiled, random_checkpoint
 
 from numballama.bench.benchmark import machine
+from numballama.checkpoint import Checkpoint
 from numballama.engine.request import TokenEvent
 from numballama.files import atomic_write
+from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.sampling import SamplingParams
 
@@ -99,6 +107,30 @@ def stall(model: Model, sequences: int, prompt: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def llama_batched_bench(
+    program: str, checkpoint: Checkpoint, sequences: Sequence[int], prompt: int, tokens: int, rounds: int, threads: int
+) -> dict[str, Any]:
+    """Medians of llama.cpp's tokens/s by number of sequences. `threads` 0: all layers on the GPU, flash attention."""
+    where = ("-ngl", 0, "-t", threads) if threads else ("-ngl", 99, "-fa", "on")
+    words = [program, "-npp", prompt, "-ntg", tokens, "-npl", ",".join(map(str, sequences)), *where]
+    words += ["-c", max(sequences) * (prompt + tokens), "-b", 2048, "-ub", 512, "--output-format", "jsonl"]
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, checkpoint.config, checkpoint.weights, name=checkpoint.path.name)
+        for _ in range(rounds):
+            done = subprocess.run(
+                [str(word) for word in (*words, "-m", path)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                return {"error": done.stderr.strip()[-500:]}
+            for line in done.stdout.splitlines():
+                if line.startswith("{"):
+                    entry = json.loads(line)
+                    rates.setdefault(str(entry["pl"]), []).append(entry["speed_tg"])
+    return {count: {"tokens_per_second": statistics.median(found), "rounds": found} for count, found in rates.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -108,12 +140,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stall", type=int, default=0, help="tokens of a prompt that arrives among 16 streams")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="runs of llama.cpp, each loads the model")
     parser.add_argument("--batch-invariant", action="store_true", help="one family of kernels for runs of any size")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {
         "what": "many sequences, random weights", "batch_invariant": args.batch_invariant, "machine": machine(),
-        "models": {},
+        "llama-batched-bench": (peer := shutil.which("llama-batched-bench")), "models": {},
     }  # fmt: skip
     for name in args.models:
         shape, kind = name.split(":")
@@ -121,8 +154,9 @@ def main() -> None:
         context = max(context, args.stall + 64, 400 if args.stall else 0)
         result: dict[str, Any] = {}
         options = {"max_sequences": most, "batch_invariant": args.batch_invariant}
-        with compiled(random_checkpoint(shape, kind), args.device, context, **options) as model:
-            result["load_s"] = model.load_s
+        checkpoint = random_checkpoint(shape, kind)
+        with compiled(checkpoint, args.device, context, **options) as model:
+            result["load_s"], threads = model.load_s, model.threads if args.device == "cpu" else 0
             for sequences in args.sequences:
                 generate_together(model, sequences, args.prompt, min(args.tokens, 16), 0)
                 rounds = [generate_together(model, sequences, args.prompt, args.tokens, n) for n in range(args.rounds)]
@@ -136,6 +170,11 @@ def main() -> None:
                 result["stall"] = stall(model, 16, args.stall)
                 print(f"{name} stall: {result['stall']}", flush=True)
             result["device_memory_bytes"] = model.backend.memory_bytes
+        if peer and kind != "int8":
+            rounds = args.peer_rounds, threads
+            beside = llama_batched_bench(peer, checkpoint, args.sequences, args.prompt, args.tokens, *rounds)
+            result["llama.cpp"] = beside
+            print(f"{name} llama.cpp: {beside}", flush=True)
         found["models"][name] = result
         if args.out:
             with atomic_write(args.out) as file:

@@ -155,6 +155,31 @@ def test_many_sequences(tmp_path: Path, invariant: bool) -> None:
     assert all(found["models"]["stories260K:f16"][count]["tokens_per_second"] > 0 for count in ("1", "2"))
 
 
+def test_many_sequences_beside_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("gpu", "batched"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    batched = importlib.import_module("batched")
+    program = tmp_path / "llama-batched-bench"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, pathlib, sys\n"
+        "words = sys.argv\n"
+        "after = lambda name: words[words.index(name) + 1]\n"
+        "assert pathlib.Path(after('-m')).read_bytes()[:4] == b'GGUF' and after('-t') == '2' and after('-c') in ('30', '70')\n"
+        "print('loading')\n"
+        "for count in map(int, after('-npl').split(',')):\n"
+        "    print(json.dumps({'pl': count, 'speed_tg': 10.0 * count}))\n"
+        "sys.exit(after('-npl') == '7' and 'no memory')\n"
+    )
+    program.chmod(0o755)
+    checkpoint = batched.random_checkpoint("stories260K", "f16")
+    found = batched.llama_batched_bench(str(program), checkpoint, [1, 3], 4, 6, 2, 2)
+    assert found["3"] == {"tokens_per_second": 30.0, "rounds": [30.0, 30.0]} and list(found) == ["1", "3"]
+    refused = batched.llama_batched_bench(str(program), checkpoint, [7], 4, 6, 1, 2)
+    assert refused == {"error": "no memory"}
+
+
 # Two checkouts
 
 COMPARE = SCRIPT.with_name("compare.py")
