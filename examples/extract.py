@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI, OpenAIError
 from pydantic import BaseModel, Field
 
 
@@ -37,8 +37,13 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--key", default="none")
     arguments = parser.parse_args()
-    with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
-        print(extract(client, arguments.text))
+    try:
+        with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
+            print(extract(client, arguments.text))
+    except APIConnectionError:
+        raise SystemExit(f"nothing answers at {arguments.url}; start it: numballama serve MODEL") from None
+    except OpenAIError as error:
+        raise SystemExit(f"{arguments.url}: {error}") from None
 
 
 if __name__ == "__main__":

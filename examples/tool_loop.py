@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI, OpenAIError
 
 
 def multiply(a: int, b: int) -> int:
@@ -75,8 +75,13 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--key", default="none")
     arguments = parser.parse_args()
-    with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
-        print(answer(client, arguments.question))
+    try:
+        with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
+            print(answer(client, arguments.question))
+    except APIConnectionError:
+        raise SystemExit(f"nothing answers at {arguments.url}; start it: numballama serve MODEL") from None
+    except OpenAIError as error:
+        raise SystemExit(f"{arguments.url}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -305,3 +305,11 @@ def test_example_tool_loop(url: str) -> None:
     call = re.match(r'multiply\(\{"a": (-?\d+), "b": (-?\d+)\}\) = (-?\d+)\n', done.stderr)
     assert call is not None and int(call[1]) * int(call[2]) == int(call[3]), done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["openai_client.py", "extract.py", "tool_loop.py"])
+def test_example_without_a_server(name: str) -> None:
+    words = [sys.executable, str(ROOT / "examples" / name), "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"nothing answers at http://127.0.0.1:9; start it: numballama serve( MODEL)?\n", done.stderr)
