@@ -140,12 +140,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stall", type=int, default=0, help="tokens of a prompt that arrives among 16 streams")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--activations", help="f32 or int8, on the CPU")
     parser.add_argument("--peer-rounds", type=int, default=1, help="runs of llama.cpp, each loads the model")
     parser.add_argument("--batch-invariant", action="store_true", help="one family of kernels for runs of any size")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {
         "what": "many sequences, random weights", "batch_invariant": args.batch_invariant, "machine": machine(),
+        "activations": args.activations,
         "llama-batched-bench": (peer := shutil.which("llama-batched-bench")), "models": {},
     }  # fmt: skip
     for name in args.models:
@@ -153,7 +156,8 @@ def main() -> None:
         most, context = max(*args.sequences, 16 if args.stall else 1), args.prompt + args.tokens
         context = max(context, args.stall + 64, 400 if args.stall else 0)
         result: dict[str, Any] = {}
-        options = {"max_sequences": most, "batch_invariant": args.batch_invariant}
+        options: dict[str, Any] = {"max_sequences": most, "batch_invariant": args.batch_invariant}
+        options |= {name: value for name in ("threads", "activations") if (value := getattr(args, name)) is not None}
         checkpoint = random_checkpoint(shape, kind)
         with compiled(checkpoint, args.device, context, **options) as model:
             result["load_s"], threads = model.load_s, model.threads if args.device == "cpu" else 0

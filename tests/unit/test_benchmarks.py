@@ -143,7 +143,7 @@ def test_many_sequences(tmp_path: Path, invariant: bool) -> None:
         "--tokens",
         "20",
     ]
-    words += ["--rounds", "1", "--out", str(out), *["--batch-invariant"] * invariant]
+    words += ["--rounds", "1", "--out", str(out), *["--batch-invariant"] * invariant, "--threads", "1"]
     command = [sys.executable, str(SCRIPT.with_name("batched.py")), *words]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False,
