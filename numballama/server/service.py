@@ -20,6 +20,7 @@ from .tools.formats import ToolFormat, choose_format
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..engine.request import Request
     from ..engine.stats import EngineStats
     from ..generate import TextEngine
     from ..model import Model
@@ -214,14 +215,17 @@ class Service:
         """Let a request in, see `Admission`."""
         return self.admission.enter(sequences, tokens)
 
-    async def pause(self) -> None:
+    async def pause(self, request: Request[Any] | None = None) -> None:
         """Wait a little after an event: many streams together send up to `EVENTS_PER_S`, and more tokens in each.
+
+        Not longer than until `request` has ended: its last tokens are awaited by a client that may send the next one.
 
         An event costs the process some 0.1 ms, whatever it holds, which the engine's thread could use.
         """
         pause_s = min(self.admission.sequences, self.admission.slots) / EVENTS_PER_S
         if pause_s >= SHORTEST_PAUSE_S:
-            await self._pauses.wait(pause_s)
+            future = self._pauses.start(pause_s)
+            await (future if request is None else request.pause(future))
 
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
