@@ -57,6 +57,7 @@ class Engine:
         self._numbers = itertools.count()
         self._submitted = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._rates, self._last_step, self._now = Rates(), time.monotonic(), 0.0
+        self.hand_over: Callable[[list[RequestState]], None] | None = None  # takes the place of waking readers
         self._driver = Driver(self._step, self._has_work, self._fail, "numballama engine")
 
     @overload
@@ -458,7 +459,7 @@ class Engine:
 
     def _wake(self) -> None:
         if self._touched:
-            self._driver.wake(self._touched)
+            (self.hand_over or self._driver.wake)(self._touched)
             self._touched.clear()
 
     def _fail(self, error: BaseException) -> None:

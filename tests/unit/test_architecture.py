@@ -69,12 +69,13 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: values tokens terminal html explanation
-    model importance
+    text_model model importance
     doctor: packages cache check cpu links gpu report
     server: settings errors pauses tools.definitions tools.events tools.custom fields tool_fields protocol params \
             client http metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats \
             page.markdown service generation logprobs call completions content_tokens custom_tools chat_core chat \
-            responses_protocol responses messages tokens answers openapi guard app loader run affinity ray_app
+            responses_protocol responses messages tokens answers openapi guard app loader run \
+            link remote http_process engine_host processes affinity ray_app
     cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench perplexity \
          export main
     __main__
