@@ -18,6 +18,7 @@ from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
 from .chat.encoder import note_once
 from .chat.template import Message, refuse_options
+from .chat.text_model import TextModel
 from .checkpoint import Weight
 from .config import RopePairing
 from .engine.capacity import choose_context, kv_layout
@@ -37,7 +38,6 @@ from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
 from .session import Session, filled
 from .structured.compiler import compile_constraint
-from .text_model import TextModel
 from .validation import require_supported, whole_number
 from .visualize import card
 

@@ -57,7 +57,7 @@ class Engine:
         self._numbers = itertools.count()
         self._submitted = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._rates, self._last_step, self._now = Rates(), time.monotonic(), 0.0
-        self.hand_over: Callable[[list[RequestState]], None] | None = None  # takes the place of waking readers
+        self.hand_over: Callable[[list[RequestState]], list[RequestState]] = list  # see `_wake`
         self._driver = Driver(self._step, self._has_work, self._fail, "numballama engine")
 
     @overload
@@ -143,7 +143,6 @@ class Engine:
         return True
 
     def cancel_state(self, state: RequestState) -> None:
-        """Like `cancel`. Takes no lock."""
         if not (state.done or state.cancelled):
             state.cancelled = True
             self._cancelled.append(state)
@@ -458,8 +457,9 @@ class Engine:
         self._wake()
 
     def _wake(self) -> None:
+        """Wake the readers of requests that have something to read, except those that `hand_over` keeps for itself."""
         if self._touched:
-            (self.hand_over or self._driver.wake)(self._touched)
+            self._driver.wake(self.hand_over(self._touched))
             self._touched.clear()
 
     def _fail(self, error: BaseException) -> None:

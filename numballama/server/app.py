@@ -30,7 +30,7 @@ from .service import Counts, Service, log
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..text_model import TextModel
+    from ..chat.text_model import TextModel
 
 Handler = Callable[[Call, Any], Awaitable[Response]]
 

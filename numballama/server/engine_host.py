@@ -126,10 +126,15 @@ class EngineHost:
 
     def unload(self, why: str) -> None:
         """The model cannot be used any more."""
-        engine, self._engine, self._model = self._engine, None, None
         self._tell({"unload": why})
-        if engine is not None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the engine, whose thread then ends."""
+        engine, model, self._engine, self._model = self._engine, self._model, None, None
+        if engine is not None and model is not None:
             engine.__exit__(None, None, None)
+            model.token_engine.hand_over = list
 
     def reloaded(self) -> None:
         """The model was loaded again."""
@@ -153,9 +158,7 @@ class EngineHost:
     def close(self) -> None:
         """End the engine's thread. The model stays open."""
         self.draining = True
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.__exit__(None, None, None)
+        self._leave()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _tell(self, news: Head) -> None:
@@ -273,14 +276,16 @@ class EngineHost:
 
     # For the engine
 
-    def _hand_over(self, states: list[RequestState]) -> None:
-        """Send what a step has given: one message for each process."""
+    def _hand_over(self, states: list[RequestState]) -> list[RequestState]:
+        """Send what a step has given: one message for each process. Returns requests that are no other process's."""
         with self._lock:
             parcels: dict[Parcel, None] = {}
+            others: list[RequestState] = []
             failed = False
             for state in states:
                 remote = self._remotes.get(state.id)
                 if remote is None:
+                    others.append(state)
                     continue
                 remote.parcel.add(remote, state)
                 parcels[remote.parcel] = None
@@ -290,6 +295,7 @@ class EngineHost:
             failure = self.failure if failed else None
             for parcel in parcels:
                 parcel.send(failure)
+        return others
 
 
 def _name(link: Link, number: int) -> str:

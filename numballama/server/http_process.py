@@ -50,8 +50,8 @@ class HttpServer(Server):
         """A signal, which is for the process with the engine."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, without sockets that listen."""
-        await super().startup(sockets=[])
+        """uvicorn's."""
+        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._engine = self._service.engine_process = RemoteEngine(self._link, self._loop)
         self._loop.add_reader(self._link.socket, self._read)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from ..chat.text_model import TextModel
 from ..checkpoint import Checkpoint
 from ..engine.request import Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from ..engine.sequence import Sequence as OneText
@@ -22,7 +23,6 @@ from ..engine.stats import EngineStats
 from ..errors import DeviceError, Error
 from ..generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
 from ..sampling import DEFAULTS, MAX_N, SamplingParams
-from ..text_model import TextModel
 from .errors import ApiError
 from .link import Head, Link, error_of, pack
 

@@ -19,10 +19,10 @@ from .settings import Settings
 from .tools.formats import ToolFormat, choose_format
 
 if TYPE_CHECKING:
+    from ..chat.text_model import MayFail, TextModel
     from ..engine.request import Request
     from ..engine.stats import EngineStats
     from ..generate import TextEngine
-    from ..text_model import MayFail, TextModel
 
 log = logging.getLogger("numballama.server")
 

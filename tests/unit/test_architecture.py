@@ -65,11 +65,11 @@ ORDER = """
             model_runner
     structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
     generate
-    chat: sandbox builtin_templates template tool_messages encoder conversation
+    chat: sandbox builtin_templates template tool_messages encoder text_model conversation
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: values tokens terminal html explanation
-    text_model model importance
+    model importance
     doctor: packages cache check cpu links gpu report
     server: settings errors pauses tools.definitions tools.events tools.custom fields tool_fields protocol params \
             client http metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats \

@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .chat.encoder import NO_BOS, Encoders, encode_prompt, note_once
-from .chat.template import Message, TemplateSet, conversation_of
-from .checkpoint import Checkpoint
-from .config import ModelConfig
-from .engine.request import Request, TokenLogprobs
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
-from .sampling import DEFAULTS, NOT_GIVEN, SamplingParams, merge
-from .tokenizers.base import Tokenizer
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig
+from ..engine.request import Request, TokenLogprobs
+from ..generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
+from ..sampling import DEFAULTS, NOT_GIVEN, SamplingParams, merge
+from ..tokenizers.base import Tokenizer
+from .encoder import NO_BOS, Encoders, encode_prompt, note_once
+from .template import Message, TemplateSet, conversation_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
