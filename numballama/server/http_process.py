@@ -106,7 +106,7 @@ class HttpServer(Server):
         elif "drain" in head:
             self.drain()
         elif "exit" in head:
-            self.should_exit = self.force_exit = True
+            self.end_at_once()
         else:
             self._engine.receive(head, tail)
 

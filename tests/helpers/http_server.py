@@ -187,6 +187,7 @@ def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[L
             link.send(pack({"answer": head["of"], "texts": [head["text"]]}))
 
     host, link = EngineHost(settings, lambda: None, other), Link(ours, "linked")
+    before = model.token_engine.hand_over  # another host's, whose server does nothing meanwhile
     app = create_app(None, settings)
     server = HttpServer(app, settings, Address(port=0), Link(theirs, "linked"), far)
     serves = threading.Thread(target=host.serve, args=(link,))
@@ -199,6 +200,7 @@ def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[L
                 yield Linked(server, app.state.service, listener.getsockname()[1], model, host)
         finally:
             host.close()
+            model.token_engine.hand_over = before
             link.close()
             serves.join(LONG)
     assert not serves.is_alive()
