@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.request import RequestState, TokenEvent
 from ..engine.stats import EngineStats
-from ..errors import Error
+from ..errors import DeviceError, Error
 from ..sampling import MAX_N, SamplingParams
 from .link import Head, Link, error_as_json, pack
 from .remote import NO_FIGURES, Facts, logprobs_as_json, params_of
@@ -128,6 +128,10 @@ class EngineHost:
         """The model cannot be used any more."""
         self._tell({"unload": why})
         self._leave()
+        for remote in tuple(self._remotes.values()):  # which the engine has not ended
+            remote.parcel.link.send(pack({"errors": [(remote.number, error_as_json(DeviceError(why)))]}))
+            self._cancel(remote)
+        self._remotes.clear()
 
     def _leave(self) -> None:
         """Let go of the engine, whose thread then ends."""
@@ -189,6 +193,7 @@ class EngineHost:
                 left = [each for each in self._remotes.values() if each.parcel is parcel]
             for remote in left:
                 self._cancel(remote)
+            link.release()
 
     def _answer(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
         what, link = head["do"], parcel.link
@@ -226,15 +231,16 @@ class EngineHost:
         """Say why a message is not done."""
         if not isinstance(error, Error):
             log.error("a message of a process for HTTP failed", exc_info=error)
-        found = error_as_json(error)
+        failure, found = self.failure, error_as_json(error)
+        news: Head = {} if failure is None else {"failure": error_as_json(failure)}
         if "ask" in head:
-            link.send(pack({"answer": head["ask"], "error": found}))
+            link.send(pack({**news, "answer": head["ask"], "error": found}))
         elif "id" in head:
-            link.send(pack({"errors": [(head["id"], found)]}))
+            link.send(pack({**news, "errors": [(head["id"], found)]}))
 
     def _loaded(self) -> Model:
         if (model := self._model) is None:
-            raise Error(self._news.get("unload", LOADING))
+            raise DeviceError(self._news.get("unload", LOADING))
         return model
 
     def _submit(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:

@@ -127,6 +127,12 @@ class Link:
         with contextlib.suppress(OSError):  # the other end is gone
             self.socket.shutdown(socket.SHUT_RDWR)
 
+    def release(self) -> None:
+        """Close the socket, when nobody reads from it."""
+        self.close()
+        with self._lock:
+            self.socket.close()
+
 
 def error_as_json(error: BaseException) -> list[str]:
     """[name, message] of an error, for `error_of`."""
@@ -161,6 +167,11 @@ class SharedCounts(Counts):
     def add(self, sequences: int, tokens: int) -> None:
         self._cells[2 * self._process] += sequences
         self._cells[2 * self._process + 1] += tokens
+
+    def close(self) -> None:
+        """Use them no more."""
+        self._cells.release()
+        self._map.close()
 
     def clear(self, process: int) -> None:
         """A process has ended."""

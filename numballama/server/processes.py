@@ -66,6 +66,8 @@ class HttpProcess:
     link: Link
     door: socket.socket
     """Where connections are handed over."""
+    thread: threading.Thread | None = None
+    """What answers its messages."""
     is_up: bool = False
     """Whether it takes connections."""
     is_ready: bool = False
@@ -102,16 +104,17 @@ class HttpProcesses:
         self._deadline: float | None = None
         self.error: Error | None = None
         """Why the server ends."""
-        self._memory = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this object)
-        self._memory.truncate(SharedCounts.size(count))
-        self._counts = SharedCounts(self._memory.fileno(), 0, count)
+        self._memory = _shared_memory(SharedCounts.size(count))
+        self._counts = SharedCounts(self._memory, 0, count)
         self._processes = [self._start(index, count) for index in range(count)]
+        for each in self._processes:
+            self._listen(each)
 
     def _start(self, index: int, count: int) -> HttpProcess:
         ours, theirs = socket.socketpair()
         door, far = socket.socketpair()
         door.setblocking(False)  # Python up to 3.12 does not pass flags on
-        files = [theirs.fileno(), far.fileno(), self._memory.fileno()]
+        files = [theirs.fileno(), far.fileno(), self._memory]
         words = [*map(str, files), str(index), str(count)]
         with theirs, far:
             process = subprocess.Popen(
@@ -120,8 +123,13 @@ class HttpProcesses:
             )  # fmt: skip
         link = Link(ours, f"http-{index}-{process.pid}")
         link.send(pack(self._first))
-        threading.Thread(target=self.host.serve, args=(link,), name=f"numballama {link.name}", daemon=True).start()
         return HttpProcess(index, process, link, door)
+
+    def _listen(self, each: HttpProcess) -> None:
+        """Answer its messages from now on."""
+        name = f"numballama {each.link.name}"
+        each.thread = threading.Thread(target=self.host.serve, args=(each.link,), name=name, daemon=True)
+        each.thread.start()
 
     @property
     def all_ready(self) -> bool:
@@ -212,11 +220,25 @@ class HttpProcesses:
                 gathering.waits_for.clear()
                 self._finish(gathering)
 
-    def _start_again(self, each: HttpProcess) -> None:
+    def _end(self, each: HttpProcess) -> int:
+        """End a process at once. Returns its exit code."""
         each.process.kill()
         code = each.process.wait()
         each.link.close()
         each.door.close()
+        if each.thread is not None:
+            each.thread.join()
+        return code
+
+    def close(self) -> None:
+        """End all processes that are left, at once."""
+        for each in self._processes:
+            self._end(each)
+        self._counts.close()
+        os.close(self._memory)
+
+    def _start_again(self, each: HttpProcess) -> None:
+        code = self._end(each)
         self._counts.clear(each.index)
         if not each.is_ready and each.starts >= MOST_STARTS:
             self.error = Error(f"a process for HTTP ends before it answers requests, with exit code {code}")
@@ -231,10 +253,13 @@ class HttpProcesses:
             for gathering in tuple(self._gatherings):
                 gathering.waits_for.discard(each.index)
                 self._finish(gathering)
+        self._listen(new)
 
     def _other_message(self, link: Link, head: Head) -> None:
         """What a process says that is not for the engine."""
-        each = next(each for each in self._processes if each.link is link)
+        each = next((each for each in self._processes if each.link is link), None)
+        if each is None:  # it has ended
+            return
         with self._lock:
             if head["do"] == "up":
                 each.is_up = True
@@ -258,6 +283,17 @@ class HttpProcesses:
             self._gatherings.remove(gathering)
             texts = [text for each in self._processes for text in (each.before, each.counted) if text]
             gathering.link.send(pack({"answer": gathering.ask, "texts": texts}))
+
+
+def _shared_memory(size: int) -> int:
+    """The descriptor of memory of zeros, which other processes inherit."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("numballama")
+    else:
+        with tempfile.TemporaryFile() as named:
+            file = os.dup(named.fileno())
+    os.ftruncate(file, size)
+    return file
 
 
 def serve_by_processes(
@@ -299,13 +335,16 @@ def serve_by_processes(
 
     loader = ModelLoader(load_anew, processes.host, on_error=processes.drain)
     loader.start()
-    with rare_collections():
-        processes.run(announce)
-    processes.host.close()
-    listener.close()
+    try:
+        with rare_collections():
+            processes.run(announce)
+    finally:
+        processes.host.close()
+        processes.close()
+        listener.close()
     if not loader.stop(LOADED_WITHIN_S):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    if (error := loader.error or processes.error) is not None:
+    if (error := processes.error or loader.error) is not None:
         raise error

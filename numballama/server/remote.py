@@ -219,11 +219,11 @@ class RemoteEngine:
 
     def receive(self, head: Head, tail: Sequence[int]) -> None:
         """Hand out what one step of the engine has given, or an answer."""
+        if (failure := head.get("failure")) is not None:
+            self.failure = error_of(failure)
         if "answer" in head:
             self._take_answer(head)
             return
-        if (failure := head.get("failure")) is not None:
-            self.failure = error_of(failure)
         for number, cached, admitted_at in head.get("begun", ()):
             if (state := self._requests.get(number)) is not None:
                 state.sequences[0].cached_tokens, state.sequences[0].admitted_at = cached, admitted_at

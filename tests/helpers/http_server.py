@@ -9,8 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from numballama.engine.stats import EngineStats
 from numballama.model import Model
@@ -169,6 +170,12 @@ class Linked(Running):
     @property
     def idle(self) -> bool:
         return super().idle and not self.host._remotes
+
+
+class Serving(Protocol):
+    """`serving` or `serving_linked`."""
+
+    def __call__(self, model: Model, settings: Settings | None = None) -> AbstractContextManager[Running]: ...
 
 
 @contextlib.contextmanager

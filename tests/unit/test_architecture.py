@@ -357,6 +357,10 @@ TESTED_ELSEWHERE = {
     "tests/unit/server/test_app.py: around every request": """
         server.call server.generation server.guard server.settings
     """,
+    "tests/unit/server/test_processes.py, test_engine_host.py: real processes, and both sides in one": """
+        server.remote server.http_process
+    """,
+    "tests/unit/test_model.py: a model that has its weights": "chat.text_model",
     "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
 """Where the tests of modules are that have no test file of their name. A star stands for any name."""

@@ -50,6 +50,13 @@ def linked(shared_linked: Running) -> Iterator[Running]:
     eventually(lambda: shared_linked.idle, "the end of all requests")
 
 
+@pytest.fixture(params=["server", "linked"])
+def either(request: pytest.FixtureRequest) -> Running:
+    """A server whose engine is in this process, and one whose engine is behind a link."""
+    found: Running = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture
 def server(shared: Running) -> Iterator[Running]:
     """A server with default settings. After each test nothing may be running."""

@@ -9,11 +9,19 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+import numballama
+from numballama.errors import Error
+from numballama.model import Model
+from numballama.server import processes
+from numballama.server.processes import serve_by_processes
+from numballama.server.run import Address
+from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, eventually, read_until
 from tests.helpers.processes import children_of, is_alive
 from tests.helpers.serve_process import post, process
@@ -40,7 +48,9 @@ def figure(port: int, name: str) -> float:
 def streams(port: int, count: int, **more: Any) -> Iterator[list[socket.socket]]:
     """Streams that have begun. The first is answered by another process than the second."""
     body = json.dumps(STREAM | more).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: secret\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: secret\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with contextlib.ExitStack() as stack:
         found = []
         for _ in range(count):
@@ -128,3 +138,33 @@ def test_a_second_signal_ends_all() -> None:
             assert b"[DONE]" not in rest_of(connection)
         assert started.stderr is not None and "Traceback" not in started.stderr.read()
         assert not any(map(is_alive, workers))
+
+
+def serve(model: Model | None, settings: Settings, load: Callable[[], Any] | None = None) -> None:
+    serve_by_processes(load or (lambda: model), settings, Address(port=0), 2, show=lambda line: None)
+
+
+@pytest.mark.slow
+def test_what_a_model_cannot_do_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Error, match="no chat template 'absent'"):
+        serve(numballama.compile(None, device="cpu"), Settings(chat_template="absent"))
+    assert not children_of(os.getpid())
+
+
+def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def load() -> None:
+        assert ended.wait(LONG)
+        raise Error("this is late")
+
+    class Ending(processes.HttpProcesses):
+        def drain(self) -> None:
+            ended.set()
+            super().drain()
+
+    monkeypatch.setattr(processes, "HTTP_PROCESS", "numballama.absent")
+    monkeypatch.setattr(processes, "HttpProcesses", Ending)
+    with pytest.raises(Error, match="ends before it answers requests, with exit code 1"):
+        serve(None, Settings(), load)
+    assert not children_of(os.getpid())
