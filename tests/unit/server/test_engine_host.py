@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 import numballama
-from numballama.errors import DeviceError
+from numballama.errors import DeviceError, Error
 from numballama.model import Model
 from numballama.sampling import SamplingParams
+from numballama.server.engine_host import EngineHost
 from numballama.server.remote import params_as_json, params_of
+from numballama.server.settings import Settings
 from tests.helpers.http_server import eventually, serving_linked
 
 BODY: dict[str, Any] = {"prompt": "Once", "max_tokens": 3, "temperature": 0}
@@ -67,6 +69,13 @@ def test_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             assert answer.status == 503 and answer.error["code"] == "engine_failed"
             assert answer.error["message"] == "it burns"
         assert "it burns" in server.get("/health").error["message"]
+
+
+def test_a_template_of_the_operator_is_checked(model: Model) -> None:
+    host = EngineHost(Settings(chat_template="absent"), lambda: None, lambda link, head: None)
+    with pytest.raises(Error, match="no chat template 'absent'"):
+        host.ready(model)
+    host.close()
 
 
 def test_the_other_process_does_not_answer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
