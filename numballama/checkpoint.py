@@ -120,6 +120,8 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a text or a turn according to the file. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
+    tokenizer_path: str | None = None
+    """Where the tokenizer is from, if the caller gave one beside the model."""
     tokenizer_error: str = ""
     """Why the file's own tokenizer was left out; "" if it was not, or there is none."""
     chat_templates: Mapping[str, str] = field(default_factory=dict)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Protocol, TypedDict
 
-from .engine.engine import Engine
 from .engine.request import FinishReason, PlainToken, Request, Response, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
 from .errors import Error
@@ -234,6 +233,18 @@ class Submit(Protocol):
     ) -> Request[GenerationResponse]: ...
 
 
+class TokenEngine(Protocol):
+    """What `TextEngine` needs of an engine, `Engine` or what stands for one of another process."""
+
+    def cancel(self, request_id: str) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class TextEngine:
     """A model's engine, for many requests at once. A thread of its own runs it inside `with model.engine() as engine:`.
 
@@ -245,7 +256,7 @@ class TextEngine:
     tokens that are text here, such as `<tool_call>`; usually they are not part of the text.
     """
 
-    def __init__(self, engine: Engine, submit: Submit) -> None:
+    def __init__(self, engine: TokenEngine, submit: Submit) -> None:
         self._engine, self.submit = engine, submit
 
     def cancel(self, request_id: str) -> bool:

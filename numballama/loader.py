@@ -91,7 +91,7 @@ def open_checkpoint(
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
         tokenizer = hub.resolve(tokenizer, hub.TOKENIZER_FILES)
-        opened.tokenizer = load_tokenizer(tokenizer)
+        opened.tokenizer, opened.tokenizer_path = load_tokenizer(tokenizer), os.path.abspath(expand_user(tokenizer))
         if os.path.isdir(expand_user(tokenizer)):  # its chat template and stop tokens serve a model without any
             texts = read_text_files(tokenizer, load_tokenizer=False)
             opened.chat_templates = opened.chat_templates or texts.chat_templates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
@@ -16,14 +16,17 @@ from .backend import Backend, Program, backend_class, choose_device, collect_for
 from .bench import debug
 from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, Encoders, encode_prompt, note_once
-from .chat.template import Message, TemplateSet, conversation_of, refuse_options
-from .checkpoint import Checkpoint, Weight
-from .config import ModelConfig, RopePairing
+from .chat.encoder import note_once
+from .chat.template import Message, refuse_options
+from .chat.text_model import TextModel
+from .checkpoint import Weight
+from .config import RopePairing
 from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
+from .engine.logprobs import prompt_logprobs
 from .engine.model_runner import ModelRunner
-from .engine.request import Request
+from .engine.request import Request, TokenLogprobs
+from .engine.sequence import Constraint
 from .errors import CLOSED, Error, Interrupted, UnsupportedError
 from .explain.explanation import LOGPROBS, Explanation, explain, text_of
 from .explain.values import ValueReader
@@ -35,7 +38,6 @@ from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
 from .session import Session, filled
 from .structured.compiler import compile_constraint
-from .tokenizers.base import Tokenizer
 from .validation import require_supported, whole_number
 from .visualize import card
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Model:
+class Model(TextModel):
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
     Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
@@ -85,15 +87,11 @@ class Model:
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         collect_forgotten()
-        self._checkpoint: Checkpoint = loader.open_checkpoint(
-            model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
+        super().__init__(
+            loader.open_checkpoint(
+                model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
+            )
         )
-        self.path, self.format = self._checkpoint.path, self._checkpoint.format
-        self.config: ModelConfig = self._checkpoint.config
-        self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
-        if self.tokenizer is not None:
-            self.tokenizer.prepare()
-        self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = choose_context(self.config, context, self.notes)
@@ -180,6 +178,29 @@ class Model:
         `compile`. Raises `Error` once the model is closed.
         """
         return TextEngine(self.token_engine, self.submit)
+
+    def _submit_tokens(
+        self, ids: Iterable[int], settings: SamplingParams, ends: frozenset[int], streams: TextStreams, how: HowToSubmit
+    ) -> Request[GenerationResponse]:
+        return self.token_engine.submit(
+            ids, settings, stop_token_ids=ends, process=streams, when_read=not settings.stop,
+            constraint=self.constraint(settings, ends), **how,
+        )  # fmt: skip
+
+    def constraint(self, settings: SamplingParams, ends: frozenset[int]) -> Callable[[], Constraint] | None:
+        """What makes the constraints that `settings` ask for, see `compile_constraint`. `ends`: the stop tokens."""
+        size = self.config.vocab_size
+        return compile_constraint(settings, self.require_tokenizer(), vocab_size=size, stop_token_ids=ends)
+
+    def check_constraint(self, settings: SamplingParams) -> None:
+        compile_constraint(settings, self.require_tokenizer())
+
+    def prompt_logprobs(self, ids: Sequence[int], top: int) -> list[TokenLogprobs | None]:
+        return prompt_logprobs(self.logits(ids), ids, top)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv.tokens
 
     @property
     def token_engine(self) -> Engine:
@@ -378,50 +399,6 @@ class Model:
         request = self._submit_ids(*self._encode_prompt(prompt, settings), settings)
         return ResponseStream(request.__iter__(), prompt or "")
 
-    def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
-        """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
-        return encode_prompt(self.require_tokenizer(), prompt, settings.special, self.notes), prompt is None
-
-    def _submit_ids(
-        self, ids: Iterable[int], new_text: bool, settings: SamplingParams, shown: Collection[int] = (),
-        **how: Unpack[HowToSubmit],
-    ) -> Request[GenerationResponse]:  # fmt: skip
-        """Submit token ids. `new_text` is `strip_leading_space` of `TextEngine.submit`, `shown` its `shown_tokens`."""
-        tokenizer = self.require_tokenizer()
-        strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
-        streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
-        ends = frozenset() if settings.ignore_eos else self._checkpoint.end_ids
-        stop_token_ids = ends.union(settings.stop_token_ids)
-        size = self.config.vocab_size
-        constraint = compile_constraint(settings, tokenizer, vocab_size=size, stop_token_ids=stop_token_ids)
-        return self.token_engine.submit(
-            ids, settings, stop_token_ids=stop_token_ids, process=streams, when_read=not settings.stop,
-            constraint=constraint, **how,
-        )  # fmt: skip
-
-    def submit(
-        self,
-        prompt: str | Iterable[int] | None,
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        request_id: str | None = None,
-        reuse_prefix: bool = True,
-        salt: str | None = None,
-        strip_leading_space: bool = False,
-        shown_tokens: Collection[int] = (),
-    ) -> Request[GenerationResponse]:
-        """Queue a prompt, text or token ids, and return the request to read. `TextEngine` explains the arguments.
-
-        Raises `ContextError` for a prompt that can never fit; `Error` for an empty or invalid one, an id in use, or a
-        model without a tokenizer.
-        """
-        how = HowToSubmit(priority=priority, request_id=request_id, reuse_prefix=reuse_prefix, salt=salt)
-        settings = merge(params, DEFAULTS, NOT_GIVEN, {})
-        if prompt is None or isinstance(prompt, str):
-            prompt, strip_leading_space = self._encode_prompt(prompt, settings)
-        return self._submit_ids(prompt, strip_leading_space, settings, shown_tokens, **how)
-
     def stream_ids(
         self,
         ids: Iterable[int],
@@ -440,34 +417,6 @@ class Model:
         settings = merge(params, DEFAULTS, max_tokens, options)
         request = self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix)
         return ResponseStream(request.__iter__())
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message] | None = None,
-        add_generation_prompt: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tokenize: bool = True,
-        **template_kwargs: Any,
-    ) -> list[int] | str:
-        """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
-
-        Each message is {"role": "system" | "user" | "assistant", "content": text}; `conversation=` is another name of
-        the list. `add_generation_prompt` adds the beginning of the model's answer. That is the default, unless
-        `continue_final_message=True`: then the text ends with that of the last message. `tools` and `template_kwargs`
-        are passed to the template, except `chat_template`: another template, or the name of one of the file's. Control
-        tokens that a message spells out ("<|im_end|>") are encoded as ordinary text.
-
-        Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
-        """
-        wanted = template_kwargs.pop("chat_template", None)
-        given, variables = conversation_of(messages, add_generation_prompt, {"tools": tools, **template_kwargs})
-        encoder = self._encoders.get(self.require_tokenizer(), wanted, tools is not None)
-        if not tokenize:
-            return encoder.template.render(given, **variables)
-        ids = encoder.encode(given, **variables)
-        if encoder.misses_bos(ids):
-            note_once(self.notes, NO_BOS)
-        return ids
 
     def chat(
         self,
@@ -490,11 +439,3 @@ class Model:
         tools = template_kwargs.get("tools") is not None
         encoder = self._encoders.get(self.require_tokenizer(), template or None, tools)
         return Chat(self, encoder, system, messages, template_kwargs)
-
-    @cached_property
-    def _encoders(self) -> Encoders:
-        return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises `Error`, which says how to give one, if the model has none."""
-        return self._checkpoint.require_tokenizer()

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 from .. import compile, progress
@@ -27,6 +28,8 @@ from .streams import say
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 """Modules of the extra `serve` that a server cannot do without."""
 KEY_VARIABLE = "NUMBALLAMA_API_KEY"
+MOST_SERVERS = 64
+"""Most processes for HTTP."""
 DEFAULTS = Settings()
 
 
@@ -63,6 +66,13 @@ def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     group.add_argument("--tls-cert", metavar="FILE", help="certificate for https")
     group.add_argument("--tls-key", metavar="FILE", help="its private key")
+    group.add_argument(
+        "--api-server-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes for HTTP, templates and tokenising, beside the engine's (default 1: one process does all)",
+    )
     group.add_argument("--log-json", action="store_true", help="log lines of JSON")
     group.add_argument("--log-prompts", action="store_true", help="log the bodies of requests")
     limits = serve.add_argument_group("limits")
@@ -115,7 +125,13 @@ def run_serve(arguments: argparse.Namespace) -> None:
         own |= {name: getattr(arguments, name) for name in ("model", "replicas", "max_replicas", "log_json")}
         ray_app.run({**own, "arguments": options}, settings, address, show)
         return
-    serve(lambda: compile(arguments.model, **options), settings, address, log_json=arguments.log_json, show=show)
+    load = partial(compile, arguments.model, **options)
+    if arguments.api_server_count > 1:
+        from ..server.processes import serve_by_processes
+
+        serve_by_processes(load, settings, address, arguments.api_server_count, log_json=arguments.log_json, show=show)
+    else:
+        serve(load, settings, address, log_json=arguments.log_json, show=show)
 
 
 def require_extra() -> None:
@@ -135,6 +151,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise Error(f"--port must be between 0 (a free one) and 65535, found {arguments.port}")
     if not arguments.ray and (arguments.replicas != 1 or arguments.max_replicas is not None):
         raise Error("--replicas and --max-replicas need --ray")
+    if not 1 <= arguments.api_server_count <= MOST_SERVERS:
+        raise Error(f"--api-server-count must be between 1 and {MOST_SERVERS}, found {arguments.api_server_count}")
+    if arguments.ray and arguments.api_server_count > 1:
+        raise Error("--api-server-count is for one machine: with --ray use --replicas")
     for name in ("queue", "queue_tokens", "request_timeout", "stall_timeout", "drain_timeout"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < math.inf:

@@ -172,12 +172,28 @@ class Driver:
             self._awaiting[state] = None
         await future
 
+    async def pause(self, state: RequestState, future: asyncio.Future[None]) -> None:
+        """Return when a future of the running loop is set. It is set when the request has ended, if not before."""
+        waiter = asyncio.get_running_loop(), future
+        with self.lock:
+            if state.done:
+                return
+            _check_reader(state)
+            state.waiter, state.pausing = waiter, True
+        try:
+            await future
+        finally:
+            with self.lock:
+                state.pausing = False
+                if state.waiter is waiter:
+                    state.waiter = None
+
     def wake(self, states: Iterable[RequestState]) -> None:
         """Wake the readers of requests that have something to read: one call for each event loop."""
         loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         with self.lock:
             for state in states:
-                if state.waiter is None:
+                if state.waiter is None or (state.pausing and not state.done):
                     continue
                 if isinstance(state.waiter, tuple):
                     loop, future = state.waiter

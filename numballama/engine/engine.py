@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..sampling import DEFAULTS, Sampled, SamplingParams
@@ -19,6 +19,9 @@ from .runner import Runner
 from .scheduler import Run, Scheduler
 from .sequence import Constraint, Sequence, Status, make_sequences, owner
 from .stats import EngineStats, Rates
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Engine:
@@ -54,6 +57,7 @@ class Engine:
         self._numbers = itertools.count()
         self._submitted = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._rates, self._last_step, self._now = Rates(), time.monotonic(), 0.0
+        self.hand_over: Callable[[list[RequestState]], list[RequestState]] = list  # see `_wake`
         self._driver = Driver(self._step, self._has_work, self._fail, "numballama engine")
 
     @overload
@@ -72,19 +76,11 @@ class Engine:
     ) -> Request[R]: ...  # fmt: skip
 
     def submit(
-        self,
-        prompt: Iterable[int],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        request_id: str | None = None,
-        reuse_prefix: bool = True,
-        salt: str | None = None,
-        stop_token_ids: Iterable[int] = (),
-        process: Callable[[TokenEvent], Response | None] | None = None,
-        when_read: bool = False,
-        constraint: Callable[[], Constraint] | None = None,
-    ) -> Request[TokenEvent] | Request[R]:
+        self, prompt: Iterable[int], params: SamplingParams | None = None, *, priority: int = 0,
+        request_id: str | None = None, reuse_prefix: bool = True, salt: str | None = None,
+        stop_token_ids: Iterable[int] = (), process: Callable[[TokenEvent], Response | None] | None = None,
+        when_read: bool = False, constraint: Callable[[], Constraint] | None = None,
+    ) -> Request[TokenEvent] | Request[R]:  # fmt: skip
         """Queue a prompt and return the request to read its tokens from. Keep it: without a reference it is cancelled.
 
         `params` say how to sample, and how many sequences (`n`) to generate. A lower `priority` comes first.
@@ -147,7 +143,6 @@ class Engine:
         return True
 
     def cancel_state(self, state: RequestState) -> None:
-        """Like `cancel`. Takes no lock."""
         if not (state.done or state.cancelled):
             state.cancelled = True
             self._cancelled.append(state)
@@ -159,6 +154,10 @@ class Engine:
     async def wait_async(self, state: RequestState) -> None:
         """Return when the request has something to read."""
         await self._driver.wait_async(state)
+
+    async def pause(self, state: RequestState, future: asyncio.Future[None]) -> None:
+        """Return when a future of the running loop is set, or the request has ended."""
+        await self._driver.pause(state, future)
 
     def start(self) -> None:
         """Step in a thread of the engine's own from now on."""
@@ -458,8 +457,9 @@ class Engine:
         self._wake()
 
     def _wake(self) -> None:
+        """Wake the readers of requests that have something to read, except those that `hand_over` keeps for itself."""
         if self._touched:
-            self._driver.wake(self._touched)
+            self._driver.wake(self.hand_over(self._touched))
             self._touched.clear()
 
     def _fail(self, error: BaseException) -> None:

@@ -100,8 +100,8 @@ R = TypeVar("R", bound=Response)
 class RequestState:
     """What the engine knows about a request. The engine refers to it, and not to the caller's `Request`."""
 
-    __slots__ = ("cancelled", "context_bound", "done", "error", "events", "id", "live", "logprobs", "process",
-                 "read", "sequences", "waiter")  # fmt: skip
+    __slots__ = ("cancelled", "context_bound", "done", "error", "events", "id", "live", "logprobs", "pausing",
+                 "process", "read", "sequences", "waiter")  # fmt: skip
 
     def __init__(
         self,
@@ -130,6 +130,8 @@ class RequestState:
         """Why the request failed."""
         self.waiter: Waiter | None = None
         """Whom to wake when there is something to read: a lock to release, or a future of an event loop."""
+        self.pausing = False
+        """Whether to wake it only when the request has ended."""
 
     @property
     def ready(self) -> bool:
@@ -149,6 +151,8 @@ class Waiting(Protocol):
     def wait(self, state: RequestState) -> None: ...
 
     async def wait_async(self, state: RequestState) -> None: ...
+
+    async def pause(self, state: RequestState, future: asyncio.Future[None]) -> None: ...
 
     def cancel_state(self, state: RequestState) -> None: ...
 
@@ -260,6 +264,10 @@ class Request(Generic[R]):
                 return list(map(deque.popleft, repeat(events, len(events))))  # the engine may append meanwhile
             await self._engine.wait_async(state)
         return []
+
+    async def pause(self, future: asyncio.Future[None]) -> None:
+        """Wait until a future of the running loop is set, which the engine does when the request has ended."""
+        await self._engine.pause(self._state, future)
 
     def __del__(self) -> None:
         self.cancel()  # takes no lock, so it is safe wherever the garbage collector runs

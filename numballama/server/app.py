@@ -26,11 +26,11 @@ from .http import EventStream, JsonResponse, error_response, read_body
 from .metrics import CONTENT_TYPE
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TemplateRequest, TokenizeRequest
 from .responses_protocol import ResponsesRequest
-from .service import Service, log
+from .service import Counts, Service, log
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..chat.text_model import TextModel
 
 Handler = Callable[[Call, Any], Awaitable[Response]]
 
@@ -65,13 +65,14 @@ ALIASES = ("/chat/completions", "/completions", "/responses", "/models")
 """Paths that are answered without /v1 too, as by llama.cpp and mlx-lm: addresses of servers are often given so."""
 
 
-def create_app(model: Model | None, settings: Settings | None = None) -> Starlette:
+def create_app(model: TextModel | None, settings: Settings | None = None, counts: Counts | None = None) -> Starlette:
     """An ASGI application that serves a model.
 
     `model` None: requests are answered with 503 until `app.state.service.ready(model)` is called, from any thread. The
-    application starts the engine's thread, and ends it when it shuts down; the model stays open.
+    application starts the engine's thread, and ends it when it shuts down; the model stays open. `counts`:
+    those that other processes share.
     """
-    service = Service(settings or Settings())
+    service = Service(settings or Settings(), counts)
     if model is not None:
         service.ready(model)
     gets: dict[str, Callable[[Service, HttpRequest], Awaitable[Response]]] = {
@@ -195,13 +196,14 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _health(service: Service, request: HttpRequest) -> Response:
+    await service.refresh()
     if (why := service.unhealthy()) is not None:
         raise ApiError(why, 503, code="unhealthy", retry_after=5)
     return JsonResponse({"status": "ok"})
 
 
 async def _metrics(service: Service, request: HttpRequest) -> Response:
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await service.figures(), media_type=CONTENT_TYPE)
 
 
 async def _openapi(service: Service, request: HttpRequest) -> Response:
@@ -269,7 +271,7 @@ async def _props(service: Service, request: HttpRequest) -> Response:
             "device": model.device,
             "total_slots": model.max_sequences,
             "context": model.context,
-            "kv_tokens": model.kv.tokens,
+            "kv_tokens": model.kv_tokens,
             "vocab_size": model.config.vocab_size,
             "chat_template": template,
             "bos_token": piece(None if tokenizer is None else tokenizer.bos_id),

@@ -10,7 +10,6 @@ from ..engine.request import FinishReason, TokenLogprobs
 from ..errors import Error
 from ..generate import TextPart
 from ..sampling import SamplingParams
-from ..structured import compile_constraint
 from .call import Call
 from .content_tokens import ContentTokens, Written
 from .custom_tools import as_functions, custom_names
@@ -305,7 +304,7 @@ def _with_place(
     for index, tool in enumerate(offered):
         if tool in allowed and named in (None, tool.function.name):
             try:
-                compile_constraint(SamplingParams(json_schema=tool.function.parameters or {}), service.tokenizer)
+                service.model.check_constraint(SamplingParams(json_schema=tool.function.parameters or {}))
             except Error as found:
                 message = f"tools.{index}: parameters of {tool.function.name}: {found}"
                 return ApiError(message, param=f"tools.{index}", code=error.code)

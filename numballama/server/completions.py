@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..engine.logprobs import prompt_logprobs
 from ..engine.request import TokenLogprobs
 from ..errors import Error
 from ..generate import TextPart
@@ -100,14 +99,10 @@ async def _echo(call: Call, request: CompletionRequest, prompts: list[list[int]]
                 most = service.settings.max_logits // (4 * model.config.vocab_size)
                 raise ApiError(f"log probabilities of a prompt of {len(ids):,} tokens: at most {most:,}", param="echo")
             async with service.logits_lock:  # they are large
-                echo.logprobs[index] = await service.run(_prompt_logprobs, call, ids, request.logprobs)
+                echo.logprobs[index] = await service.run(model.prompt_logprobs, ids, request.logprobs)
     except Error as error:
         raise refused(error, "prompt") from None
     return echo
-
-
-def _prompt_logprobs(call: Call, ids: list[int], top: int) -> list[TokenLogprobs | None]:
-    return prompt_logprobs(call.service.model.logits(ids), ids, top)
 
 
 def _events(

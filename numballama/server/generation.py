@@ -162,7 +162,7 @@ class Generation:
                 while responses := await self._requests[0].unread():
                     yield self._join(0, responses)
                     if not self.all_ended:
-                        await self._service.pause()
+                        await self._service.pause(self._requests[0])
             else:
                 async for number, responses in self._merged():
                     yield self._join(number, responses)

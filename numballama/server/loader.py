@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import cause
-from .service import Service, log
+from .service import log
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -20,6 +20,21 @@ WATCH_S = 0.1
 """Seconds between two looks at the engine and its device."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Seconds after a load that failed until the next: twice as many each time, up to the longest pause."""
+
+
+class Loaded(Protocol):
+    """What needs the model: a `Service`, or the engine's process of several."""
+
+    draining: bool
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    def ready(self, model: Model) -> None: ...
+
+    def unload(self, why: str) -> None: ...
+
+    def reloaded(self) -> None: ...
 
 
 class ModelLoader:
@@ -31,7 +46,7 @@ class ModelLoader:
     def __init__(
         self,
         load: Callable[[], Model],
-        service: Service,
+        service: Loaded,
         on_ready: Callable[[], None] = lambda: None,
         on_error: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,7 +101,7 @@ class ModelLoader:
                 self._model = self._load()
                 if self._goes_on:
                     service.ready(self._model)
-                    service.metrics.reloads.inc()
+                    service.reloaded()
                     log.info("the model has been loaded again")
                 return
             except Exception as error:

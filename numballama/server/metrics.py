@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 if TYPE_CHECKING:
     from .service import Service
@@ -34,8 +35,7 @@ class Metrics:
     """Counters and histograms of one server, and gauges that ask its engine."""
 
     def __init__(self, service: Service) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(EngineFigures(service))
+        self._registry, self._engine = CollectorRegistry(), EngineFigures(service)
         http = Counter(f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry)
         self._answered = cache(http.labels)  # which looks for labels behind a lock
         self.reloads = Counter(
@@ -80,8 +80,12 @@ class Metrics:
         """An HTTP request was answered. There are few different paths and states."""
         self._answered(path, status).inc()
 
-    def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+    def text(self, counted: Sequence[str] | None = None) -> bytes:
+        """All figures in Prometheus' text format. `counted`: those that several processes have counted."""
+        return _text(self._engine) + (self.counted() if counted is None else Summed(counted).text())
+
+    def counted(self) -> bytes:
+        """What this process has counted."""
         return generate_latest(self._registry)
 
 
@@ -162,6 +166,40 @@ class Merged(Collector):
         return self._families.values()
 
     def text(self) -> bytes:
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry)
+        return _text(self)
+
+
+class Summed(Collector):
+    """The figures of processes that serve the same model: the sum of each."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """`texts`: what each process has counted, in Prometheus' text format."""
+        self._families: dict[str, Metric] = {}
+        found: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], Sample]] = {}
+        for text in texts:
+            for family in text_string_to_metric_families(text):
+                empty = Metric(family.name, family.documentation, family.type)
+                self._families.setdefault(family.name, empty)
+                sums = found.setdefault(family.name, {})
+                for each in family.samples:
+                    key = each.name, tuple(sorted(each.labels.items()))
+                    if (known := sums.get(key)) is not None:
+                        first = each.name.endswith("_created")  # a time, of which the first counts
+                        value = min(known.value, each.value) if first else known.value + each.value
+                        each = known._replace(value=value)
+                    sums[key] = each
+        for name, sums in found.items():
+            self._families[name].samples = list(sums.values())
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families.values()
+
+    def text(self) -> bytes:
+        return _text(self)
+
+
+def _text(collector: Collector) -> bytes:
+    """What a collector yields, in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry)

@@ -10,15 +10,15 @@ STEP_S = 0.002
 
 
 class Pauses:
-    """Waits like `asyncio.sleep`, a little longer. Tasks whose pauses end together share a timer: one for each task
+    """Timers like those of `asyncio.sleep`, a little late. Tasks whose pauses end together share one: one for each task
     costs as much as all the rest of a pause. For one event loop."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         """Who waits, by the end of the pause in `STEP_S`."""
 
-    async def wait(self, seconds: float) -> None:
-        """Return after so many seconds, or up to `STEP_S` later."""
+    def start(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is set after so many seconds, or up to `STEP_S` later. Others may set it earlier."""
         loop = asyncio.get_running_loop()
         end = math.ceil((loop.time() + seconds) / STEP_S)
         waiting = self._waiting.get(end)
@@ -27,9 +27,9 @@ class Pauses:
             loop.call_at(end * STEP_S, self._end, end)
         future = loop.create_future()
         waiting.append(future)
-        await future
+        return future
 
     def _end(self, end: int) -> None:
         for future in self._waiting.pop(end):
-            if not future.done():  # its task may have been cancelled
+            if not future.done():  # the pause may have ended early, or its task been cancelled
                 future.set_result(None)

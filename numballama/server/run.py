@@ -85,13 +85,17 @@ class Server(uvicorn.Server):
         if self._deadline is None:
             self.drain()
         else:
-            self.should_exit = self.force_exit = True
-            logging.getLogger("uvicorn.error").disabled = True  # what is cancelled now would be a traceback each
+            self.end_at_once()
 
     def drain(self) -> None:
         """Refuse new requests, and end when the running ones have ended or their time is over."""
         self._service.draining = True
         self._deadline = time.monotonic() + self._service.settings.drain_s
+
+    def end_at_once(self) -> None:
+        """End, whatever runs."""
+        self.should_exit = self.force_exit = True
+        logging.getLogger("uvicorn.error").disabled = True  # what is cancelled now would be a traceback each
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's, ten times a second: whether to stop."""

@@ -19,10 +19,10 @@ from .settings import Settings
 from .tools.formats import ToolFormat, choose_format
 
 if TYPE_CHECKING:
-    from ..backend import Backend
+    from ..chat.text_model import MayFail, TextModel
+    from ..engine.request import Request
     from ..engine.stats import EngineStats
     from ..generate import TextEngine
-    from ..model import Model
 
 log = logging.getLogger("numballama.server")
 
@@ -41,13 +41,49 @@ SHORTEST_PAUSE_S = 0.001
 LOADING, DRAINING = "the model is being loaded", "the server is shutting down"
 
 
+class Counts:
+    """Sequences of requests that have not ended, and prompt tokens of those that wait for their first answer."""
+
+    def __init__(self) -> None:
+        self._here = [0, 0]
+
+    def add(self, sequences: int, tokens: int) -> None:
+        """So many more, or fewer, are this process's."""
+        self._here[0] += sequences
+        self._here[1] += tokens
+
+    @property
+    def here(self) -> int:
+        """Sequences of this process."""
+        return self._here[0]
+
+    @property
+    def sequences(self) -> int:
+        """Those of all processes."""
+        return self._here[0]
+
+    @property
+    def tokens(self) -> int:
+        """Those of all processes."""
+        return self._here[1]
+
+
 class Admission:
     """Counts what has been let in, and refuses more than the limits."""
 
-    def __init__(self, sequences: int, slots: int, tokens: int) -> None:
+    def __init__(self, sequences: int, slots: int, tokens: int, counts: Counts | None = None) -> None:
         self.limit, self.slots, self.token_limit = sequences, slots, tokens
-        self.sequences = self.tokens = 0
-        """Sequences of requests that have not ended; prompt tokens of those that wait for their first answer."""
+        self.counts = counts or Counts()
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of requests that have not ended."""
+        return self.counts.sequences
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of requests that wait for their first answer."""
+        return self.counts.tokens
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in. Raises `ApiError` 429 when the queue is full. One that comes alone is always let in."""
@@ -63,20 +99,19 @@ class Ticket:
     """The place of a request that was let in. `begun` and `leave` give back what it holds, once."""
 
     def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
-        self._admission, self._sequences, self._tokens = admission, sequences, tokens
-        admission.sequences += sequences
-        admission.tokens += tokens
+        self._counts, self._sequences, self._tokens = admission.counts, sequences, tokens
+        self._counts.add(sequences, tokens)
 
     def begun(self, tokens: int) -> None:
         """So many tokens of its prompts have been computed."""
         tokens = min(tokens, self._tokens)
         self._tokens -= tokens
-        self._admission.tokens -= tokens
+        self._counts.add(0, -tokens)
 
     def leave(self) -> None:
         """The request has ended."""
         self.begun(self._tokens)
-        self._admission.sequences -= self._sequences
+        self._counts.add(-self._sequences, 0)
         self._sequences = 0
 
 
@@ -86,10 +121,24 @@ class Endable(Protocol):
     def end(self) -> None: ...
 
 
-class Service:
-    """A model, once `ready` was called, and what the requests for it share."""
+class EngineProcess(Protocol):
+    """What a service needs of the process that has the engine, where that is another one."""
 
-    def __init__(self, settings: Settings) -> None:
+    @property
+    def trouble(self) -> str | None:
+        """Why the server as a whole is not well."""
+
+    async def refresh(self) -> None:
+        """Ask what it does now. Raises `ApiError` 503 when it does not answer."""
+
+    async def figures(self) -> list[str]:
+        """What each process has counted, in Prometheus' text format."""
+
+
+class Service:
+    """A model, once `ready` was called, and what the requests for it share. `counts`: those of all processes."""
+
+    def __init__(self, settings: Settings, counts: Counts | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics(self)
         self.started_s = int(time.time())
@@ -102,9 +151,11 @@ class Service:
         """One request at a time has the logits of its whole prompt in memory."""
         self._waits_for = LOADING
         """Why there is no model."""
-        self._model: Model | None = None
-        self._backend: Backend | None = None
+        self.engine_process: EngineProcess | None = None
+        self._model: TextModel | None = None
+        self._backend: MayFail | None = None
         self._engine: TextEngine | None = None
+        self._counts = counts
         self.admission = Admission(0, 1, 0)
         self._pauses = Pauses()
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
@@ -115,18 +166,18 @@ class Service:
         """Whether short work is short. The first loads and compiles what later ones need."""
         self._was_long = True
 
-    def ready(self, model: Model) -> None:
+    def ready(self, model: TextModel) -> None:
         """The model is loaded: start its engine's thread, and answer requests from now on.
 
         Raises `Error` when the operator's chat template does not compile, or is a name that the model does not have.
         """
         settings = self.settings
         if settings.chat_template is not None:
-            model.chat(template=settings.chat_template)
+            model.chat_template(settings.chat_template)
         slots = model.max_sequences
         waiting = 4 * slots if settings.queue_sequences is None else settings.queue_sequences
-        tokens = 4 * model.kv.tokens if settings.queue_tokens is None else settings.queue_tokens
-        self.admission = Admission(slots + waiting, slots, tokens)
+        tokens = 4 * model.kv_tokens if settings.queue_tokens is None else settings.queue_tokens
+        self.admission = Admission(slots + waiting, slots, tokens, self._counts)
         engine = model.engine()
         engine.__enter__()
         if not self.metrics.begun:
@@ -139,6 +190,10 @@ class Service:
         engine, self._engine, self._model, self._backend = self._engine, None, None, None
         if engine is not None:
             engine.__exit__(None, None, None)
+
+    def reloaded(self) -> None:
+        """The model was loaded again."""
+        self.metrics.reloads.inc()
 
     def close(self) -> None:
         """End the engine's thread and the pool. The model stays open."""
@@ -158,7 +213,7 @@ class Service:
         return self._model is not None
 
     @property
-    def model(self) -> Model:
+    def model(self) -> TextModel:
         """The model. Raises `ApiError` 503 while it is being loaded."""
         if self._model is None:
             raise ApiError(self._waits_for, 503, code="loading", retry_after=5)
@@ -175,7 +230,7 @@ class Service:
     def chat_template(self) -> str | None:
         """The source of the chat template that is used; None when the model has none that fits. Raises as `model`."""
         try:
-            return self.model.chat(template=self.settings.chat_template).template.source
+            return self.model.chat_template(self.settings.chat_template)
         except Error:
             return None
 
@@ -214,14 +269,17 @@ class Service:
         """Let a request in, see `Admission`."""
         return self.admission.enter(sequences, tokens)
 
-    async def pause(self) -> None:
+    async def pause(self, request: Request[Any] | None = None) -> None:
         """Wait a little after an event: many streams together send up to `EVENTS_PER_S`, and more tokens in each.
+
+        Not longer than until `request` has ended: its last tokens are awaited by a client that may send the next one.
 
         An event costs the process some 0.1 ms, whatever it holds, which the engine's thread could use.
         """
-        pause_s = min(self.admission.sequences, self.admission.slots) / EVENTS_PER_S
+        pause_s = min(self.admission.counts.here, self.admission.slots) / EVENTS_PER_S
         if pause_s >= SHORTEST_PAUSE_S:
-            await self._pauses.wait(pause_s)
+            future = self._pauses.start(pause_s)
+            await (future if request is None else request.pause(future))
 
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
@@ -258,6 +316,18 @@ class Service:
         job.add_done_callback(self._jobs.discard)  # also if nobody waits any more
         return await asyncio.wrap_future(job)
 
+    async def refresh(self) -> None:
+        """Ask the engine's process for what `stats` says, if it is another one. Raises `ApiError` 503."""
+        if self.engine_process is not None:
+            await self.engine_process.refresh()
+
+    async def figures(self) -> bytes:
+        """Figures for Prometheus, of all processes together. Raises `ApiError` 503."""
+        if self.engine_process is None:
+            return self.metrics.text()
+        await self.engine_process.refresh()
+        return self.metrics.text(await self.engine_process.figures())
+
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""
         if self.draining:
@@ -269,7 +339,7 @@ class Service:
         stats = self.stats
         if stats is not None and stats.stalled_s > self.settings.stall_s:
             return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"
-        return None
+        return None if self.engine_process is None else self.engine_process.trouble
 
     @staticmethod
     def report_failure(error: BaseException) -> None:

@@ -9,12 +9,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from numballama.engine.stats import EngineStats
 from numballama.model import Model
 from numballama.server.app import create_app
+from numballama.server.engine_host import EngineHost
+from numballama.server.http_process import HttpServer
+from numballama.server.link import Head, Link, pack
 from numballama.server.run import Address, Server, listen, server_config
 from numballama.server.service import Service
 from numballama.server.settings import Settings
@@ -134,13 +138,76 @@ def serving(model: Model | None, settings: Settings | None = None) -> Iterator[R
     listener = listen(address)
     app = create_app(model, settings)
     server = Server(server_config(app, address, settings.body_timeout_s), app.state.service)
+    with _running(server, listener):
+        yield Running(server, app.state.service, listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _running(server: Server, listener: socket.socket) -> Iterator[None]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         eventually(lambda: server.started, "the server's start")
-        yield Running(server, app.state.service, listener.getsockname()[1])
+        yield
     finally:
         server.should_exit = True
         thread.join(LONG)
-        app.state.service.close()
+        server._service.close()
     assert not thread.is_alive()
+
+
+class Linked(Running):
+    """A server whose engine is behind a link, as one of another process."""
+
+    def __init__(self, server: Server, service: Service, port: int, model: Model, host: EngineHost) -> None:
+        super().__init__(server, service, port)
+        self.host, self._model = host, model
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._model.token_engine.stats()
+
+    @property
+    def idle(self) -> bool:
+        return super().idle and not self.host._remotes
+
+
+class Serving(Protocol):
+    """`serving` or `serving_linked`."""
+
+    def __call__(self, model: Model, settings: Settings | None = None) -> AbstractContextManager[Running]: ...
+
+
+@contextlib.contextmanager
+def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[Linked]:
+    """As `serving`, with what a process for HTTP and the engine's process say to each other, in this process."""
+    settings = settings or Settings()
+    listener, (ours, theirs), (door, far) = listen(Address(port=0)), socket.socketpair(), socket.socketpair()
+    ready = threading.Event()
+
+    def other(link: Link, head: Head) -> None:
+        if head["do"] == "ready":
+            ready.set()
+        elif head["do"] == "figures":
+            link.send(pack({"figures": head["ask"]}))
+        elif head["do"] == "counted":
+            link.send(pack({"answer": head["of"], "texts": [head["text"]]}))
+
+    host, link = EngineHost(settings, lambda: None, other), Link(ours, "linked")
+    before = model.token_engine.hand_over  # another host's, whose server does nothing meanwhile
+    app = create_app(None, settings)
+    server = HttpServer(app, settings, Address(port=0), Link(theirs, "linked"), far)
+    serves = threading.Thread(target=host.serve, args=(link,))
+    with ours, theirs, door, far:
+        serves.start()
+        try:
+            with _running(server, listener):
+                host.ready(model)
+                assert ready.wait(LONG)
+                yield Linked(server, app.state.service, listener.getsockname()[1], model, host)
+        finally:
+            host.close()
+            model.token_engine.hand_over = before
+            link.close()
+            serves.join(LONG)
+    assert not serves.is_alive()

@@ -65,7 +65,7 @@ ORDER = """
             model_runner
     structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
     generate
-    chat: sandbox builtin_templates template tool_messages encoder conversation
+    chat: sandbox builtin_templates template tool_messages encoder text_model conversation
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: values tokens terminal html explanation
@@ -74,7 +74,8 @@ ORDER = """
     server: settings errors pauses tools.definitions tools.events tools.custom fields tool_fields protocol params \
             client http metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats \
             page.markdown service generation logprobs call completions content_tokens custom_tools chat_core chat \
-            responses_protocol responses messages tokens answers openapi guard app loader run affinity ray_app
+            responses_protocol responses messages tokens answers openapi guard app loader run \
+            link remote http_process engine_host processes affinity ray_app
     cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench perplexity \
          export main
     __main__
@@ -356,6 +357,10 @@ TESTED_ELSEWHERE = {
     "tests/unit/server/test_app.py: around every request": """
         server.call server.generation server.guard server.settings
     """,
+    "tests/unit/server/test_processes.py, test_engine_host.py: real processes, and both sides in one": """
+        server.remote server.http_process
+    """,
+    "tests/unit/test_model.py: a model that has its weights": "chat.text_model",
     "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
 """Where the tests of modules are that have no test file of their name. A star stands for any name."""

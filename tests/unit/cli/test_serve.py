@@ -56,6 +56,8 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         (["--port", "70000"], "--port must be between"),
+        (["--api-server-count", "0"], "--api-server-count must be between 1 and 64"),
+        (["--ray", "--api-server-count", "2"], "with --ray use --replicas"),
         (["--queue", "-1"], "--queue must be at least 0"),
         (["--drain-timeout", "nan"], "--drain-timeout must be at least 0"),
         (["--request-timeout", "inf"], "--request-timeout must be at least 0 and finite"),

@@ -164,6 +164,42 @@ def test_a_loop_is_called_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_pause_ends_with_the_request(cancels: bool) -> None:
+    """Not with one of its tokens."""
+    engine, _ = make_engine(lookahead=1)
+
+    async def pause() -> int:
+        request = engine.submit([3], make_params(max_tokens=30))
+        first = await request.unread()
+        if cancels:
+            request.cancel()
+        await asyncio.wait_for(request.pause(asyncio.get_running_loop().create_future()), PATIENCE)
+        assert request.finished
+        await asyncio.wait_for(request.pause(asyncio.get_running_loop().create_future()), PATIENCE)
+        return len(first) + len(await request.unread())
+
+    found = asyncio.run(pause())
+    assert cancels or found == 30
+    engine.close()
+
+
+def test_a_pause_ends_while_the_request_goes_on() -> None:
+    engine, _ = make_engine()
+
+    async def pause() -> int:
+        request, future = engine.submit([3], make_params(max_tokens=30)), asyncio.get_running_loop().create_future()
+        with engine.exclusive():
+            asyncio.get_running_loop().call_later(0.01, future.set_result, None)
+            await asyncio.wait_for(request.pause(future), PATIENCE)
+            assert not request.finished
+            assert request._state.waiter is None
+        return len([event async for event in request])
+
+    assert asyncio.run(pause()) == 30
+    engine.close()
+
+
 def test_a_closed_loop_stops_nobody() -> None:
     """Its coroutine is never woken; everybody else is."""
     engine, _ = make_engine()

@@ -33,6 +33,30 @@ def shared(model: Model) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="package")
+def shared_linked(model: Model) -> Iterator[Running]:
+    from tests.helpers.http_server import serving_linked
+
+    with serving_linked(model) as running:
+        yield running
+
+
+@pytest.fixture
+def linked(shared_linked: Running) -> Iterator[Running]:
+    """A server whose engine is behind a link, as that of another process. After each test nothing may be running."""
+    from tests.helpers.http_server import eventually
+
+    yield shared_linked
+    eventually(lambda: shared_linked.idle, "the end of all requests")
+
+
+@pytest.fixture(params=["server", "linked"])
+def either(request: pytest.FixtureRequest) -> Running:
+    """A server whose engine is in this process, and one whose engine is behind a link."""
+    found: Running = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture
 def server(shared: Running) -> Iterator[Running]:
     """A server with default settings. After each test nothing may be running."""

@@ -29,7 +29,7 @@ from numballama.server.settings import Settings
 from numballama.server.tools import formats
 from numballama.server.tools.definitions import check_tools
 from numballama.structured import compiler
-from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
+from tests.helpers.http_server import LONG, Running, Serving, eventually, read_until, serving, serving_linked
 
 PATHS = [("GET", path.replace("{name:path}", "x")) for path in GETS] + [("POST", path) for path in POSTS]
 PATHS += [("GET" if path == "/models" else "POST", path) for path in ALIASES]
@@ -251,9 +251,10 @@ def test_hosts(model: Model) -> None:
 # Queue
 
 
-def test_too_many_requests(model: Model) -> None:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_too_many_requests(model: Model, serve: Serving) -> None:
     """vLLM #18826, #13395, #2901, PR #49445."""
-    with serving(model, Settings(queue_sequences=1)) as server:
+    with serve(model, Settings(queue_sequences=1)) as server:
         held = [server.begin("/v1/completions", LONG_TEXT | {"stream": True}) for _ in range(5)]  # 4 run, 1 waits
         eventually(lambda: server.service.admission.sequences == 5, "five requests")
         answer = server.post("/v1/completions", LONG_TEXT)
@@ -265,8 +266,9 @@ def test_too_many_requests(model: Model) -> None:
         assert server.post("/v1/completions", LONG_TEXT | {"max_tokens": 1}).status == 200
 
 
-def test_too_many_prompt_tokens(model: Model) -> None:
-    with serving(model, Settings(queue_tokens=100)) as server:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_too_many_prompt_tokens(model: Model, serve: Serving) -> None:
+    with serve(model, Settings(queue_tokens=100)) as server:
         with model.exclusive():  # no request gets its first token
             first = server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 300})  # alone, more than the limit
             eventually(lambda: server.service.admission.tokens == 300, "the first request")
@@ -286,45 +288,46 @@ def is_running(server: Running) -> bool:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
-def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, stream: bool) -> None:
+def test_a_client_leaves_while_tokens_are_generated(either: Running, path: str, stream: bool) -> None:
     """llama.cpp #11414, #11720, #13262."""
     body = {"max_tokens": 490, "ignore_eos": True, "stream": stream, "input": "Hi"}
     body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
-    before = server.stats.requests
-    connection = server.begin(path, body)
-    eventually(lambda: server.stats.requests > before and (is_running(server) or server.idle), "the request")
+    before = either.stats.requests
+    connection = either.begin(path, body)
+    eventually(lambda: either.stats.requests > before and (is_running(either) or either.idle), "the request")
     connection.close()
-    eventually(lambda: server.idle, "the end of the request")
+    eventually(lambda: either.idle, "the end of the request")
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_leaves_while_it_waits(server: Running, stream: bool) -> None:
+def test_a_client_leaves_while_it_waits(either: Running, stream: bool) -> None:
     """llama.cpp #24496, PR #24630."""
-    held = [server.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
-    eventually(lambda: server.stats.running == 4, "four texts")
-    waiting = server.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})
-    eventually(lambda: server.service.admission.sequences == 6, "the request")
+    held = [either.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
+    eventually(lambda: either.stats.running == 4, "four texts")
+    waiting = either.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})
+    eventually(lambda: either.service.admission.sequences == 6, "the request")
     waiting.close()
-    eventually(lambda: server.service.admission.sequences <= 4, "the end of the request that waits")
+    eventually(lambda: either.service.admission.sequences <= 4, "the end of the request that waits")
     for connection in held:
         connection.close()
 
 
-def test_others_go_on_when_a_client_leaves(server: Running) -> None:
+def test_others_go_on_when_a_client_leaves(either: Running) -> None:
     """ik_llama.cpp #1929."""
     body = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
-    alone = server.post("/v1/completions", body).json["choices"]
+    alone = either.post("/v1/completions", body).json["choices"]
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(server.post("/v1/completions", body).json["choices"]))
+    thread = threading.Thread(target=lambda: found.append(either.post("/v1/completions", body).json["choices"]))
     thread.start()
     for stream in (True, False) * 4:
-        server.begin("/v1/completions", LONG_TEXT | {"stream": stream}).close()
+        either.begin("/v1/completions", LONG_TEXT | {"stream": stream}).close()
     thread.join()
     assert found == [alone]
 
 
-def test_a_request_has_a_time_limit(model: Model) -> None:
-    with serving(model, Settings(request_timeout_s=0.05)) as server:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_a_request_has_a_time_limit(model: Model, serve: Serving) -> None:
+    with serve(model, Settings(request_timeout_s=0.05)) as server:
         body = LONG_TEXT | {"n": 16, "prompt": ["a", "b", "c"]}
         answer = server.post("/v1/completions", body)
         assert answer.status == 504 and answer.error["code"] == "timeout"
@@ -358,9 +361,10 @@ def test_loading(model: Model) -> None:
         assert server.post("/v1/completions", LONG_TEXT | {"max_tokens": 1}).status == 200
 
 
-def test_health_sees_an_engine_that_stands_still(model: Model) -> None:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_health_sees_an_engine_that_stands_still(model: Model, serve: Serving) -> None:
     """vLLM #2731, #1492, #17972."""
-    with serving(model, Settings(stall_s=0.05)) as server:
+    with serve(model, Settings(stall_s=0.05)) as server:
         assert server.get("/health").status == 200
         with model.exclusive():  # no step ends
             connection = server.begin("/v1/completions", LONG_TEXT | {"max_tokens": 1})
@@ -371,8 +375,9 @@ def test_health_sees_an_engine_that_stands_still(model: Model) -> None:
         eventually(lambda: server.get("/health").status == 200, "a good health")
 
 
-def test_draining(model: Model) -> None:
-    with serving(model) as server:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_draining(model: Model, serve: Serving) -> None:
+    with serve(model) as server:
         connection = server.begin("/v1/completions", LONG_TEXT | {"stream": True, "max_tokens": 100})
         data = read_until(connection, b"data: ")
         server.service.draining = True
@@ -384,10 +389,11 @@ def test_draining(model: Model) -> None:
         connection.close()
 
 
-def test_the_time_to_drain_is_over(model: Model) -> None:
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_the_time_to_drain_is_over(model: Model, serve: Serving) -> None:
     """What still runs ends with an error, in its protocol's shape, and not with a torn connection."""
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10_000, "n": 8, "seed": 1, "stream": True}
-    with serving(model, Settings(drain_s=0, queue_sequences=100)) as server:
+    with serve(model, Settings(drain_s=0, queue_sequences=100)) as server:
         with model.exclusive():  # nothing ends before
             found = [
                 server.begin(path, body)
@@ -421,11 +427,11 @@ def samples(server: Running) -> dict[str, float]:
     return found
 
 
-def test_metrics(server: Running) -> None:
-    before = samples(server)
-    answer = server.post("/v1/completions", LONG_TEXT | {"max_tokens": 5, "n": 2})
+def test_metrics(either: Running) -> None:
+    before = samples(either)
+    answer = either.post("/v1/completions", LONG_TEXT | {"max_tokens": 5, "n": 2})
     assert answer.status == 200
-    after = samples(server)
+    after = samples(either)
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     prefix = "numballama:"
     for name, count in (
@@ -455,12 +461,13 @@ def test_tokens_that_come_together_are_all_counted() -> None:
     assert seen == [(0, 2), (1, 2)]
 
 
-def test_metrics_count_as_usage_does(server: Running) -> None:
+def test_metrics_count_as_usage_does(either: Running) -> None:
     """Tokens that a grammar forces are generated ones."""
-    before, schema = samples(server), {"const": {"a long name of a property": ["and a long text", 12345]}}
+    before, schema = samples(either), {"const": {"a long name of a property": ["and a long text", 12345]}}
     body = LONG_TEXT | {"prompt": [40] * 70, "json_schema": schema, "ignore_eos": False}
-    usages = [server.post("/v1/completions", body).json["usage"] for _ in range(2)]
-    grown = {name.removeprefix("numballama:"): value - before.get(name, 0) for name, value in samples(server).items()}
+    body["cache_salt"] = type(either).__name__
+    usages = [either.post("/v1/completions", body).json["usage"] for _ in range(2)]
+    grown = {name.removeprefix("numballama:"): value - before.get(name, 0) for name, value in samples(either).items()}
     assert [each["prompt_tokens_details"]["cached_tokens"] for each in usages] == [0, 64]
     assert grown["prompt_tokens_total"] == 70 + 6 and grown["prefix_cache_hits_total"] == 64
     assert grown["generation_tokens_total"] == sum(each["completion_tokens"] for each in usages) > 20

@@ -16,8 +16,10 @@ openai = pytest.importorskip("openai")
 MESSAGES: Any = [{"role": "user", "content": "Tell me of a dog."}]
 
 
-@pytest.fixture
-def client(server: Running) -> Any:
+@pytest.fixture(params=["server", "linked"])
+def client(request: pytest.FixtureRequest) -> Any:
+    """Of the engine in this process, and of one that is behind a link."""
+    server: Running = request.getfixturevalue(request.param)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=LONG) as client:
         yield client
 

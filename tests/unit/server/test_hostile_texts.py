@@ -59,7 +59,7 @@ def forced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with numballama.compile(path, device="reference") as model, pytest.MonkeyPatch.context() as patch:
         engine = ForcedEngine(model)
         patch.setattr(Model, "engine", lambda self: engine)
-        patch.setattr(Service, "pause", lambda self: asyncio.sleep(0))  # sizes say what comes together, not the time
+        patch.setattr(Service, "pause", lambda self, _: asyncio.sleep(0))  # sizes say what comes together, not the time
         apps = {name: create_app(model, Settings(chat_template=source)) for name, source in SOURCES.items()}
         yield Forced(apps, engine, model.require_tokenizer())
         for app in apps.values():

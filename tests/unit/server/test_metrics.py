@@ -6,7 +6,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from numballama.server.metrics import PREFIX, TOKEN_SECONDS, Distribution, Merged
+from numballama.server.metrics import PREFIX, TOKEN_SECONDS, Distribution, Merged, Summed
 from tests.helpers.http_server import Running
 
 
@@ -47,3 +47,19 @@ def test_times_between_tokens_are_a_histogram_of_prometheus() -> None:
         }
 
     assert samples(ours) == samples(theirs) and len(samples(ours)) == len(TOKEN_SECONDS) + 4
+
+
+def test_figures_of_processes_are_added() -> None:
+    """But not the time since which they count. A label that one process lacks keeps the other's value."""
+
+    def text(count: int, since: int, more: str = "") -> str:
+        lines = ["# TYPE a_total counter", f'a_total{{x="1"}} {count}', more]
+        lines += ["# TYPE a_created gauge", f'a_created{{x="1"}} {since}']
+        return "\n".join([*lines, "# TYPE h histogram", f'h_bucket{{le="+Inf"}} {count}', f"h_sum {count / 2}", ""])
+
+    found = Summed([text(3, 9), text(4, 7, 'a_total{x="2"} 1'), text(0, 8)])
+    samples = {(each.name, *each.labels.values()): each.value for family in found.collect() for each in family.samples}
+    assert samples == {
+        ("a_total", "1"): 7, ("a_created", "1"): 7, ("a_total", "2"): 1, ("h_bucket", "+Inf"): 7, ("h_sum",): 3.5,
+    }  # fmt: skip
+    assert Summed([found.text().decode()]).text() == found.text()

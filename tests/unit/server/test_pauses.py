@@ -34,8 +34,8 @@ def test_pauses_that_end_together_share_a_timer() -> None:
 
     async def work() -> None:
         pauses = Pauses()
-        tasks = [asyncio.ensure_future(pauses.wait(0.1)) for _ in range(10)]
-        later = asyncio.ensure_future(pauses.wait(0.1 + 2 * STEP_S))
+        tasks = [pauses.start(0.1) for _ in range(10)]
+        later = pauses.start(0.1 + 2 * STEP_S)
         await turn()
         assert loop.timers == 2
         tasks[0].cancel()
@@ -57,4 +57,7 @@ def test_pauses_that_end_together_share_a_timer() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
 def test_a_pause_that_is_over_ends(seconds: float) -> None:
-    asyncio.run(asyncio.wait_for(Pauses().wait(seconds), 30))
+    async def work() -> None:
+        await asyncio.wait_for(Pauses().start(seconds), 30)
+
+    asyncio.run(work())

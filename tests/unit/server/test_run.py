@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib
 import json
 import logging
-import re
 import shutil
 import signal
 import socket
@@ -14,8 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,32 +25,7 @@ from numballama.server.guard import JsonFormatter
 from numballama.server.run import Address, listen, serve
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, read_until
-
-
-@contextmanager
-def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
-    """(process, port, lines of stderr up to the line of curl)."""
-    command = [sys.executable, "-m", "numballama", "serve", "--port", "0", "--device", "cpu", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
-        try:
-            lines: list[str] = []
-            assert started.stderr is not None
-            for line in started.stderr:
-                lines.append(line)
-                if line.startswith("curl "):
-                    break
-            port = re.search(r"https?://127\.0\.0\.1:(\d+)", "".join(lines))
-            assert port is not None, lines
-            yield started, int(port[1]), lines
-        finally:
-            started.kill()
-
-
-def post(port: int, body: Any, **headers: str) -> Any:
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", **headers})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+from tests.helpers.serve_process import post, process
 
 
 @pytest.mark.slow

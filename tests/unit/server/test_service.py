@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
+from numballama.model import Model
 from numballama.server.service import Service
 from numballama.server.settings import Settings
-from tests.helpers.http_server import LONG
+from tests.helpers.http_server import LONG, serving
 
 
 def test_short_work_waits_for_no_thread_and_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +45,13 @@ def test_short_work_waits_for_no_thread_and_no_lock(monkeypatch: pytest.MonkeyPa
         return places
 
     assert asyncio.run(look()) == [False, True, False, False, True, True, True, False]
+
+
+def test_a_pause_between_events_ends_with_the_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client that waits for the last tokens may send its next request."""
+    monkeypatch.setattr("numballama.server.service.EVENTS_PER_S", 1 / LONG)
+    with serving(model) as server:
+        started = time.monotonic()
+        answer = server.post("/v1/completions", {"prompt": [9], "max_tokens": 20, "ignore_eos": True, "stream": True})
+        assert len(answer.events) == 2
+        assert time.monotonic() - started < LONG

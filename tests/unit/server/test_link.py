@@ -1,0 +1,90 @@
+"""Messages between processes, and counts that they share. `test_processes.py` has real ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from numballama.errors import ContextError, DeviceError, Error, FormatError, UnsupportedError
+from numballama.server.link import Link, SharedCounts, error_as_json, error_of, pack
+from numballama.structured.constraint import GrammarError
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Link, Link]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Link(ours, "a"), Link(theirs, "b")
+
+
+def test_messages_in_parts_and_together(ends: tuple[Link, Link]) -> None:
+    near, far = ends
+    messages = [({"a": [1, "ü\ud800"]}, [5, -(2**40)]), ({}, [7]), ({"b": None}, ())]
+    data = b"".join(pack(head, tail) for head, tail in messages)
+    found = []
+    for place in range(len(data)):
+        near.send(data[place : place + 1])
+        found += [(head, list(tail)) for head, tail in far.receive()]
+    assert found == [(head, list(tail)) for head, tail in messages]
+    near.send(data)
+    assert far.receive_one() == messages[0][0]
+    rest = list(far.receive(socket.MSG_DONTWAIT))  # those that came with it
+    assert [head for head, _ in rest] == [{}, {"b": None}]
+    assert not far.closed
+    near.close()
+    assert not list(far.receive()) and far.closed and far.receive_one() is None
+
+
+def test_nobody_waits_for_a_slow_reader(ends: tuple[Link, Link]) -> None:
+    """What it has not read is kept, in order."""
+    near, far = ends
+    for number in range(100):
+        near.send(pack({"n": number}, range(20_000)))  # 16 MB together
+    found: list[int] = []
+    while len(found) < 100:
+        found += [head["n"] for head, tail in far.receive() if len(tail) == 20_000]
+    assert found == list(range(100))
+
+
+def test_a_reader_that_is_gone(ends: tuple[Link, Link]) -> None:
+    near, far = ends
+    for number in range(50):
+        near.send(pack({"n": number}, range(20_000)))
+    far.socket.close()
+    threads = [thread for thread in threading.enumerate() if thread.name == "numballama link"]
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    near.send(pack({}))
+    assert near.closed
+
+
+@pytest.mark.parametrize("kind", [Error, UnsupportedError, DeviceError, ContextError, GrammarError])
+def test_errors_stay_what_they_are(kind: type[Exception]) -> None:
+    found = error_of(error_as_json(kind("why")))
+    assert type(found) is kind and str(found) == "why"
+
+
+def test_other_errors() -> None:
+    assert type(error_of(error_as_json(FormatError("why", path="f")))) is Error
+    found = error_of(error_as_json(KeyError("x")))
+    assert type(found) is RuntimeError and str(found) == "KeyError: 'x'"
+
+
+def test_counts_of_processes() -> None:
+    file = os.memfd_create("counts")
+    os.ftruncate(file, SharedCounts.size(2))
+    one, two = (SharedCounts(file, process, 2) for process in (0, 1))
+    one.add(2, 30)
+    two.add(1, 4)
+    two.add(0, -1)
+    assert (one.sequences, one.tokens, one.here) == (3, 33, 2) and (two.sequences, two.here) == (3, 1)
+    one.clear(1)
+    assert (two.sequences, two.tokens, two.here) == (2, 30, 0)
+    for each in (one, two):
+        each.close()
+    os.close(file)
