@@ -14,9 +14,10 @@ from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
-from .panel_bytes import interleave, unpack_blocks
+from .panel_bytes import fill_panel_blocks
 from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
-from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
+from .tiling import FILL_ELEMENTS, PANEL_ROWS
+from .vecdot import block_size
 from .vecdot_int8 import dot_blocks_int8, dot_rows_int8, multiply_panel, rows_at_once
 
 INFINITY_BITS = 0x7F800000
@@ -116,15 +117,12 @@ def quantize_q8_k(worker, n_workers, tokens, x, out, scales, sums):
 
 
 @device
-def fill_panel(weight, row, end, panel, scales, mins, stage):
+def fill_panel(weight, row, end, panel, scales, mins):
     """Unpack PANEL_ROWS rows of a weight to a panel (see `panel_bytes`). Rows past `end` repeat the last one."""
-    blocks, block_size = weight.shape[1], panel.shape[0] // (PANEL_ROWS // 4) // weight.shape[1]
-    stage_blocks = STAGE_ELEMENTS // block_size
-    for b in range(0, blocks, stage_blocks):
-        count = min(stage_blocks, blocks - b)
-        for lane in range(PANEL_ROWS):
-            unpack_blocks(weight, min(row + lane, end - 1), b, count, lane, stage, scales, mins)
-        interleave(stage, count * block_size // UNPACK_ELEMENTS, panel, b * block_size)
+    blocks, size = weight.shape[1], block_size(weight)
+    some = FILL_ELEMENTS // size
+    for b in range(0, blocks, some):
+        fill_panel_blocks(weight, row, end - 1, b, min(some, blocks - b), panel, b * (size // 4), scales, mins)
 
 
 @device
@@ -154,10 +152,9 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     k = xq.shape[1]
     buffer = panel_buffer[worker]
     panel, scales, mins = buffer[: 4 * k], buffer[4 * k : 5 * k], buffer[5 * k : 6 * k]
-    stage_end = 6 * k + PANEL_ROWS * STAGE_ELEMENTS // 4
-    stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
+    result = buffer[6 * k :]
     for r in range(begin, end, PANEL_ROWS):
-        fill_panel(weight, r, end, panel, scales, mins, stage)
+        fill_panel(weight, r, end, panel, scales, mins)
         last, width = tokens - 1, out.shape[1]
         for t in range(0, tokens, TOKENS_OF_A_PASS):
             if r + PANEL_ROWS <= end:

@@ -12,9 +12,9 @@ PANEL_TOKENS = 8
 """
 UNPACK_ELEMENTS = 32
 """Number of elements of a block that are unpacked at a time."""
-STAGE_ELEMENTS = 256
-"""Number of elements of a row that are unpacked before they are interleaved with the panel's other rows."""
-PANEL_COLUMNS = STAGE_ELEMENTS
+FILL_ELEMENTS = 256
+"""Number of elements of a row that are unpacked before the panel's other rows are."""
+PANEL_COLUMNS = FILL_ELEMENTS
 """Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
 SCORE_ROWS = 3
 """Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
@@ -26,10 +26,10 @@ def panel_buffer_size(columns: int) -> int:
     """Number of float32 elements in a worker's buffer for a panel of rows of `columns` elements.
 
     The panel takes one byte per element. Scales and minimums take one float each for at least 16 elements. Then follow
-    the stage, one byte per element, and the products.
+    the products.
     """
     panel, factors = PANEL_ROWS * columns // 4, 2 * (PANEL_ROWS * columns // 16)
-    return panel + factors + PANEL_ROWS * STAGE_ELEMENTS // 4 + PANEL_TOKENS * PANEL_ROWS
+    return panel + factors + PANEL_TOKENS * PANEL_ROWS
 
 
 def dequant_buffer_size(columns: int) -> int:
