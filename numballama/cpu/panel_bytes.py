@@ -4,9 +4,10 @@ One instruction then works on four elements of several rows: `vecdot_int8` multi
 them. `fill_panel_blocks` reads the same 16 bytes of eight rows, transposes them in units of four bytes while they are
 packed, and decodes them then: a vector has four bytes of each row, and what it takes to decode it is the same.
 
-An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `panel`
-[K / 4, PANEL_ROWS, 4] holds bytes, in the memory of a float32 array. `scales` and `mins` are float32
-[scale groups of a row, PANEL_ROWS].
+A panel has some of the rows' columns, few enough for the first-level cache. An element of a block is
+scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `panel` holds bytes
+[columns / 4, PANEL_ROWS, 4], in the memory of a float32 array. `scales` and `mins` are float32
+[scale groups of the columns, PANEL_ROWS].
 """
 
 from __future__ import annotations
@@ -276,23 +277,17 @@ def fill_panel_blocks(
     begin: Any,
     count: Any,
     panel: Any,
-    column: Any,
     scales: Any,
     mins: Any,
 ) -> Any:
-    """Write blocks [begin, begin + count) of PANEL_ROWS rows from `row` on to a panel, from its column `column` on.
-
-    A column has four elements. The factors of scale group i go to scales[i] and mins[i]. Past row `last`, that row is
-    taken again.
-    """
+    """Make a panel of blocks [begin, begin + count) of PANEL_ROWS rows from `row` on. Past row `last`: `last`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, first_row, final, first_block, number, *places, to = (*args[:6], *args[7:], args[6])
+        array, first_row, final, first_block, number, *places = args
         name = TYPE_NAMES[sig.args[0].dtype]
         per_row = blocks_of_a_row(context, builder, sig.args[0], array)
         bytes_, *factors = (
-            element(context, builder, kind, place, integer(0))
-            for kind, place in zip((sig.args[5], *sig.args[7:]), places, strict=True)
+            element(context, builder, kind, place, integer(0)) for kind, place in zip(sig.args[5:], places, strict=True)
         )
         block_columns = integer(TYPE_TRAITS[name].block_size // 4)
         groups_of_block = TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]
@@ -302,8 +297,6 @@ def fill_panel_blocks(
             place = builder.gep(start, [builder.add(builder.mul(at, integer(PANEL_ROWS)), integer(part))])
             builder.store(vector, builder.bitcast(place, vector.type.as_pointer()), align=4)
 
-        following = builder.mul(builder.add(first_row, integer(PANEL_ROWS)), per_row)
-        following = builder.add(following, builder.mul(first_block, integer(PANEL_ROWS)))
         for part in range(0, PANEL_ROWS, ROWS):
             locators = []
             for i in range(part, part + ROWS):
@@ -311,23 +304,32 @@ def fill_panel_blocks(
                 own = builder.select(builder.icmp_signed("<", own, final), own, final)
                 start = builder.add(builder.mul(own, per_row), first_block)
                 locators.append(locator(context, builder, sig.args[0], array, start))
-            # the next panel, in the order of memory: ROWS blocks for each that is read of ROWS rows
-            later = locator(context, builder, sig.args[0], array, following)
-            following = builder.add(following, builder.mul(number, integer(ROWS)))
             with cgutils.for_range(builder, number) as loop:
-                ahead = later(builder.mul(loop.index, integer(ROWS)))
-                for line in range(0, ROWS * TYPE_TRAITS[name].block_bytes, 64):
-                    prefetch(builder, builder.gep(ahead, [integer(line)]))
                 rows = _Rows([Block(builder, name, locate(loop.index)) for locate in locators])
-                at = builder.add(to, builder.mul(loop.index, block_columns))
+                at = builder.mul(loop.index, block_columns)
                 for index, quants in _COLUMNS[name](rows):
                     words = builder.bitcast(quants, vector_of(INT32, ROWS))
                     store(bytes_, builder.add(at, integer(index)), part, words)
-                group = builder.mul(builder.add(first_block, loop.index), integer(groups_of_block))
+                group = builder.mul(loop.index, integer(groups_of_block))
                 for field, vectors in zip(factors, _factors(name, rows), strict=True):
                     for i, vector in enumerate(vectors):
                         store(field, builder.add(group, integer(i)), part, vector)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, index, index, index, index, panel, index, scales, mins), codegen
+    return types.void(weights, index, index, index, index, panel, scales, mins), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch_blocks(typingctx: Any, weights: Any, first: Any, count: Any) -> Any:
+    """Prefetch `count` blocks of a weight from flat index `first` on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, start, number = args
+        begin = locator(context, builder, sig.args[0], array, start)(integer(0))
+        nbytes = builder.mul(number, integer(TYPE_TRAITS[TYPE_NAMES[sig.args[0].dtype]].block_bytes))
+        with cgutils.for_range_slice(builder, integer(0), nbytes, integer(64)) as (at, _):
+            prefetch(builder, builder.gep(begin, [at]), 2)
+        return context.get_dummy_value()
+
+    return types.void(weights, types.int64, types.int64), codegen

@@ -87,20 +87,18 @@ def fill_panel_plain(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def expand_panel(
-    typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, first: Any, n: Any, panel: Any
-) -> Any:
-    """Make a panel of a panel of bytes with the first of `n` columns at column `first` of the row (see `panel_bytes`).
+def expand_panel(typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, n: Any, panel: Any) -> Any:
+    """Make a panel of a panel of bytes with `n` columns (see `panel_bytes`).
 
     `weights` gives the block type. An element has the same bits as `vecdot` makes.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, *factors, begin, count, target = args
+        _, source, *factors, count, target = args
         name = TYPE_NAMES[sig.args[0].dtype]
         size, has_min = SCALE_GROUPS[name], TYPE_TRAITS[name].has_min
         integers, floats = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
-        quants, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((1, source), (6, target)))
+        quants, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((1, source), (5, target)))
         scale_at, min_at = (
             element(context, builder, kind, array, _int(0)) for kind, array in zip(sig.args[2:4], factors, strict=True)
         )
@@ -110,7 +108,7 @@ def expand_panel(
             return builder.load(builder.bitcast(place, kind.as_pointer()), align=4)
 
         with cgutils.for_range_slice(builder, _int(0), count, _int(size)) as (column, _):
-            group = builder.udiv(builder.add(begin, column), _int(size))
+            group = builder.udiv(column, _int(size))
             for part in range(0, PANEL_ROWS, LANES):
                 scale = load(scale_at, group, part, floats)
                 minimum = load(min_at, group, part, floats) if has_min else None
@@ -130,7 +128,7 @@ def expand_panel(
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, packed, scales, mins, index, index, panel), codegen
+    return types.void(weights, packed, scales, mins, index, panel), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
