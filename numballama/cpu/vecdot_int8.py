@@ -338,20 +338,26 @@ def multiply_panel(
         zero = ir.Constant(floats, [0.0] * ROWS_OF_A_VECTOR)
         for place, total in zip(results, itertools.chain(*totals), strict=True):
             builder.store(builder.select(again, builder.load(place, align=4), zero), total)
-        groups = builder.udiv(length, integer(SCALE_GROUPS[name]))
+        group = integer(SCALE_GROUPS[name])
+        first_group, groups = builder.udiv(begin, group), builder.udiv(length, group)
         nbytes = PANEL_ROWS * TYPE_TRAITS[name].block_bytes * SCALE_GROUPS[name] // TYPE_TRAITS[name].block_size
         # Two passes each ask for half of a group's lines. One asks for two of three: the hardware foresees the others.
         count = -(-nbytes // CACHE_LINE // 2)
         one = builder.icmp_signed("==", passes, integer(1))
         apart = builder.select(one, integer(CACHE_LINE * 3 // 2), integer(CACHE_LINE))
-        done = builder.mul(builder.and_(number, integer(1)), groups)
+        line = builder.sub(builder.mul(builder.and_(number, integer(1)), groups), first_group)
+        line_bytes = builder.mul(apart, integer(count))
         later = locator(context, builder, sig.args[0], array, later)(integer(0))
-        with cgutils.for_range(builder, groups) as loop:
-            line = builder.mul(builder.mul(builder.add(done, loop.index), integer(count)), apart)
+        later = builder.gep(later, [builder.mul(line, line_bytes)])
+        # the panel and its factors as if they began with the row: one index for all, of which registers are few
+        packed = builder.gep(packed, [builder.mul(begin, integer(-PANEL_ROWS // 4))])
+        before = builder.mul(first_group, integer(-PANEL_ROWS))
+        scales_start, mins_start = (builder.gep(place, [before]) for place in (scales_start, mins_start))
+        with cgutils.for_range_slice(builder, first_group, builder.add(first_group, groups), integer(1)) as (index, _):
+            ahead = builder.gep(later, [builder.mul(index, line_bytes)])
             for i in range(count):
-                prefetch(builder, builder.gep(later, [builder.add(line, builder.mul(integer(i), apart))]), 2)
-            in_panel = builder.mul(loop.index, integer(SCALE_GROUPS[name]))
-            start = builder.add(begin, in_panel)
+                prefetch(builder, builder.gep(ahead, [builder.mul(integer(i), apart)]), 2)
+            start = builder.mul(index, group)
 
             def offset(token: int, kind: Any) -> Any:
                 return tokens[token].zero_point_term(start, kind)
@@ -359,7 +365,7 @@ def multiply_panel(
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
                 at = builder.add(
-                    builder.mul(in_panel, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))
+                    builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))
                 )
                 return vectors_at(packed, at, integers)
 
@@ -367,14 +373,14 @@ def multiply_panel(
                 index = builder.add(start, builder.mul(column, integer(4)))
                 return broadcast(builder, tokens[token].quants(index, INT32), ROWS_OF_A_VECTOR)
 
-            groups = group_products(builder, name, len(tokens), quants_at, x_at, offset)
-            at = builder.mul(loop.index, integer(PANEL_ROWS))
+            dots_of_group = group_products(builder, name, len(tokens), quants_at, x_at, offset)
+            at = builder.mul(index, integer(PANEL_ROWS))
             scales_of_rows = vectors_at(scales_start, at, floats)
             minimums = vectors_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else [None] * len(parts)
-            for x, places, group in zip(tokens, totals, groups, strict=True):
+            for x, places, dots_of_x in zip(tokens, totals, dots_of_group, strict=True):
                 scale_of_x = broadcast(builder, x.scale(start), ROWS_OF_A_VECTOR)
                 sum_of_x = broadcast(builder, x.sum(start), ROWS_OF_A_VECTOR) if TYPE_TRAITS[name].has_min else None
-                for place, sums_of_rows, scale, minimum in zip(places, group, scales_of_rows, minimums, strict=True):
+                for place, sums_of_rows, scale, minimum in zip(places, dots_of_x, scales_of_rows, minimums, strict=True):
                     dots = builder.sitofp(sums_of_rows, floats)
                     product = builder.fmul(dots, scale, flags=("contract",))
                     total = _times_plus(builder, product, scale_of_x, builder.load(place))
