@@ -46,9 +46,9 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
 
-LEAST_TOKENS = TOKENS_OF_A_PASS // 2 + 1 if TOKENS_OF_A_PASS > TILE else TILE
-"""Least number of tokens for which a panel is made. A pass for four tokens takes as long as one for eight, so it is
-faster to multiply each row with each of them.
+LEAST_TOKENS = 3 if _has_avx2() else TILE
+"""Least number of tokens for which a panel is made. A pass takes as long for fewer tokens as for all that it is for, so
+two are faster row by row.
 """
 
 

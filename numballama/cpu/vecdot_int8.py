@@ -364,9 +364,7 @@ def multiply_panel(
 
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
-                at = builder.add(
-                    builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))
-                )
+                at = builder.add(builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS)))
                 return vectors_at(packed, at, integers)
 
             def x_at(token: int, column: Any) -> Any:
@@ -380,7 +378,9 @@ def multiply_panel(
             for x, places, dots_of_x in zip(tokens, totals, dots_of_group, strict=True):
                 scale_of_x = broadcast(builder, x.scale(start), ROWS_OF_A_VECTOR)
                 sum_of_x = broadcast(builder, x.sum(start), ROWS_OF_A_VECTOR) if TYPE_TRAITS[name].has_min else None
-                for place, sums_of_rows, scale, minimum in zip(places, dots_of_x, scales_of_rows, minimums, strict=True):
+                for place, sums_of_rows, scale, minimum in zip(
+                    places, dots_of_x, scales_of_rows, minimums, strict=True
+                ):
                     dots = builder.sitofp(sums_of_rows, floats)
                     product = builder.fmul(dots, scale, flags=("contract",))
                     total = _times_plus(builder, product, scale_of_x, builder.load(place))
