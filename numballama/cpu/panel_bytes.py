@@ -114,7 +114,7 @@ def _q5_k(block: Block) -> Iterator[Chunk]:
 
 def q6_k_scales(block: Block) -> Any:
     """The scales of the 16 groups of a q6_k block."""
-    return block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
+    return block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.f16_in_all("d"))
 
 
 def _q6_k(block: Block) -> Iterator[Chunk]:
