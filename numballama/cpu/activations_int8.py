@@ -79,13 +79,18 @@ class Activations:
         ]
         return functools.reduce(self.builder.add, parts)
 
-    def zero_point_term(self, index: Any, lanes: int) -> Any:
+    def zero_point_term(self, index: Any, kind: Any) -> Any:
         """-(zero point) · sum of the group at `index`, in all lanes: added to the group's products, it corrects them.
 
-        It is multiplied as a vector, and loaded into all lanes at once.
+        `kind` is a vector of int32; or of int16, of which two lanes together have it, half of it each.
         """
         total, factor = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32), -zero_point(self.name)
-        return self.builder.mul(broadcast(self.builder, total, lanes), splat(vector_of(INT32, lanes), factor))
+        if factor == 0:
+            return ir.Constant(kind, None)
+        if kind.element == INT32:
+            return self.builder.mul(broadcast(self.builder, total, kind.count), splat(kind, factor))
+        half = self.builder.mul(self.builder.trunc(total, kind.element), ir.Constant(kind.element, factor // 2))
+        return broadcast(self.builder, half, kind.count)
 
     def sum(self, index: Any) -> Any:
         """Sum of the scale group at element `index`, times its scale: the factor of a minimum."""

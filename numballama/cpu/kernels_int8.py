@@ -14,9 +14,10 @@ from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
-from .panel_bytes import interleave, unpack_blocks
+from .panel_bytes import fill_panel_blocks
 from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
-from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
+from .tiling import BYTES_COLUMNS, PANEL_ROWS
+from .vecdot import block_size
 from .vecdot_int8 import dot_blocks_int8, dot_rows_int8, multiply_panel, rows_at_once
 
 INFINITY_BITS = 0x7F800000
@@ -116,18 +117,6 @@ def quantize_q8_k(worker, n_workers, tokens, x, out, scales, sums):
 
 
 @device
-def fill_panel(weight, row, end, panel, scales, mins, stage):
-    """Unpack PANEL_ROWS rows of a weight to a panel (see `panel_bytes`). Rows past `end` repeat the last one."""
-    blocks, block_size = weight.shape[1], panel.shape[0] // (PANEL_ROWS // 4) // weight.shape[1]
-    stage_blocks = STAGE_ELEMENTS // block_size
-    for b in range(0, blocks, stage_blocks):
-        count = min(stage_blocks, blocks - b)
-        for lane in range(PANEL_ROWS):
-            unpack_blocks(weight, min(row + lane, end - 1), b, count, lane, stage, scales, mins)
-        interleave(stage, count * block_size // UNPACK_ELEMENTS, panel, b * block_size)
-
-
-@device
 def store_rows(out, t, r, values):
     """out[t, r + i] = values[i], a tuple."""
     for i in range(len(values)):
@@ -151,23 +140,41 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
             for t in range(tokens):
                 out[t, r] = dot_blocks_int8(weight, r, xq, xs, sums, t)
         return begin, end
-    k = xq.shape[1]
-    buffer = panel_buffer[worker]
-    panel, scales, mins = buffer[: 4 * k], buffer[4 * k : 5 * k], buffer[5 * k : 6 * k]
-    stage_end = 6 * k + PANEL_ROWS * STAGE_ELEMENTS // 4
-    stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
-    for r in range(begin, end, PANEL_ROWS):
-        fill_panel(weight, r, end, panel, scales, mins, stage)
-        last, width = tokens - 1, out.shape[1]
-        for t in range(0, tokens, TOKENS_OF_A_PASS):
-            if r + PANEL_ROWS <= end:
-                multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, out, t * width + r, width)
-                continue
-            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, result, 0, PANEL_ROWS)
-            for i in range(min(TOKENS_OF_A_PASS, tokens - t)):
-                for c in range(end - r):
-                    out[t + i, r + c] = result[i * PANEL_ROWS + c]
+    multiply_panels(weight, xq, xs, sums, out, begin, end, tokens, panel_buffer[worker])
     return begin, end
+
+
+@device
+def multiply_panels(weight, xq, xs, sums, out, begin, end, tokens, buffer):
+    """out[t, r] for rows [begin, end) and all tokens, in panels of PANEL_ROWS rows and BYTES_COLUMNS columns."""
+    quarter, size, width = PANEL_ROWS * BYTES_COLUMNS // 4, block_size(weight), out.shape[1]
+    panel, scales, mins = buffer[:quarter], buffer[quarter:], buffer[quarter + quarter // 4 :]
+    products, results = buffer[quarter + quarter // 2 :], out.reshape(-1)
+    passes = (tokens + TOKENS_OF_A_PASS - 1) // TOKENS_OF_A_PASS
+    for r in range(begin, end, PANEL_ROWS):
+        rows = min(PANEL_ROWS, end - r)
+        for k in range(0, xq.shape[1], BYTES_COLUMNS):
+            columns = min(BYTES_COLUMNS, xq.shape[1] - k)
+            fill_panel_blocks(weight, r, end - 1, k // size, columns // size, panel, scales, mins)
+            following = (r + PANEL_ROWS) * weight.shape[1] + k // size * PANEL_ROWS  # in the order of memory
+            for t in range(0, tokens, TOKENS_OF_A_PASS):
+                count = min(TOKENS_OF_A_PASS, tokens - t)
+                where, ahead = (k, columns, t, tokens - 1), (following, t // TOKENS_OF_A_PASS, passes)
+                target, at, stride = results, t * width + r, width
+                if rows < PANEL_ROWS:
+                    target, at, stride = products, 0, PANEL_ROWS
+                    copy_rows(results, t * width + r, width, target, 0, stride, count, rows)
+                multiply_panel(weight, panel, scales, mins, xq, xs, sums, where, target, at, stride, ahead)
+                if rows < PANEL_ROWS:
+                    copy_rows(target, 0, stride, results, t * width + r, width, count, rows)
+
+
+@device
+def copy_rows(source, i, step, target, j, stride, tokens, rows):
+    """Copy `rows` results of each of some tokens: token t's are at i + t · step, and go to j + t · stride."""
+    for t in range(tokens):
+        for r in range(rows):
+            target[j + t * stride + r] = source[i + t * step + r]
 
 
 def linear_blocks_int8(worker, n_workers, tokens, xq, xs, sums, weight, out, panel_buffer):

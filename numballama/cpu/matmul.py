@@ -24,9 +24,9 @@ from numba.extending import overload
 
 from .compiler import FAST_MATH, device
 from .intrinsics import BLOCK, as_f32, cpu_features, dot_block_int8, dot_int8, tile
-from .panel_bytes import interleave, unpack_blocks
+from .panel_bytes import fill_panel_blocks, prefetch_blocks
 from .panel_f32 import expand_panel, fill_panel_plain, multiply_panel_f32, transpose_panel
-from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE, UNPACK_ELEMENTS
+from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE
 from .vecdot import block_size, dequantize_blocks, dot_blocks
 
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
@@ -238,12 +238,12 @@ def _fill_panel_int8(weight, row, end, first, columns, panel, buffer):
 
 def _fill_panel_blocks(weight, row, end, first, columns, panel, buffer):
     size, quarter = block_size(weight), PANEL_ROWS * PANEL_COLUMNS // 4
-    stage, packed, factors = buffer[:quarter], buffer[quarter : 2 * quarter], buffer[4 * quarter :]
-    scales, mins = factors[: factors.shape[0] // 2], factors[factors.shape[0] // 2 :]
-    for lane in range(PANEL_ROWS):
-        unpack_blocks(weight, min(row + lane, end - 1), first // size, columns // size, lane, stage, scales, mins)
-    interleave(stage, columns // UNPACK_ELEMENTS, packed, 0)
-    expand_panel(weight, packed, scales, mins, first, columns, panel)
+    packed, scales, mins = buffer[:quarter], buffer[quarter : 2 * quarter], buffer[2 * quarter :]
+    fill_panel_blocks(weight, row, end - 1, first // size, columns // size, packed, scales, mins)
+    # the next panel, in the order of memory
+    following = (row + PANEL_ROWS) * weight.shape[1] + first // size * PANEL_ROWS
+    prefetch_blocks(weight, following, columns // size * PANEL_ROWS)
+    expand_panel(weight, packed, scales, mins, columns, panel)
 
 
 def multiply_panels(weight, x, out, begin, end, tokens, buffer):

@@ -42,9 +42,9 @@ def dequantized_rows(weight: int) -> ScratchShape:
     return lambda *inputs, workers: (workers, dequant_buffer_size(inputs[weight][1]) if inputs[0][0] >= TILE else 1)
 
 
-def panels(x: int = 0) -> ScratchShape:
-    """A panel buffer for rows as wide as x, for each worker."""
-    return lambda *inputs, workers: (workers, panel_buffer_size(inputs[x][1]))
+def panels(*inputs: Shape, workers: int) -> Shape:
+    """A panel buffer for each worker."""
+    return (workers, panel_buffer_size())
 
 
 def product(x: int, weight: int) -> ScratchShape:
@@ -77,7 +77,7 @@ int8("quantize_q8_1", "f32")
 int8("quantize_q8_k", "f32")
 plain("linear", "f32", LINEAR_TYPES, dequant_buffer=dequantized_rows(weight=1))
 plain("linear", "i8", "f32", "int8", name="linear_int8")
-int8("linear", "i8", "f32", SUM_TYPES, BLOCK_TYPES, name="linear_blocks_int8", panel_buffer=panels())
+int8("linear", "i8", "f32", SUM_TYPES, BLOCK_TYPES, name="linear_blocks_int8", panel_buffer=panels)
 plain("bias", "f32", "f32")
 plain("rope", "f32", "f32")
 plain("kv_write", "f32", KV_TYPES, "i32", "i32", "i32")
@@ -96,12 +96,12 @@ for _collective in ("all_reduce", "all_gather"):
 
 plain("linear_add", "f32", LINEAR_TYPES, "f32", dequant_buffer=dequantized_rows(weight=1))
 plain("linear_add", "i8", "f32", "int8", "f32", name="linear_add_int8")
-int8("linear_add", "i8", "f32", SUM_TYPES, BLOCK_TYPES, "f32", name="linear_add_blocks_int8", panel_buffer=panels())
+int8("linear_add", "i8", "f32", SUM_TYPES, BLOCK_TYPES, "f32", name="linear_add_blocks_int8", panel_buffer=panels)
 plain("qkv", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES, dequant_buffer=dequantized_rows(weight=1))
 plain("qkv", "i8", "f32", "int8", "int8", "int8", name="qkv_int8")
 int8(
     "qkv", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES, BLOCK_TYPES,
-    name="qkv_blocks_int8", panel_buffer=panels(),
+    name="qkv_blocks_int8", panel_buffer=panels,
 )  # fmt: skip
 plain(
     "gate_up", "f32", LINEAR_TYPES, LINEAR_TYPES,
@@ -110,7 +110,7 @@ plain(
 plain("gate_up", "i8", "f32", "int8", "int8", name="gate_up_int8", gate_buffer=product(0, weight=2))
 int8(
     "gate_up", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES,
-    name="gate_up_blocks_int8", gate_buffer=product(0, weight=3), panel_buffer=panels(),
+    name="gate_up_blocks_int8", gate_buffer=product(0, weight=3), panel_buffer=panels,
 )  # fmt: skip
 plain("norm_linear", "f32", "f32", LINEAR_TYPES, normed=each_worker_x, dequant_buffer=dequantized_rows(weight=2))
 plain(

@@ -1,12 +1,13 @@
 """Rows of GGUF blocks as a panel of bytes, in which four elements of each row lie side by side.
 
-`unpack_blocks` writes the unsigned quants of some blocks of a row to a stage, and the factors of their scale groups to
-`scales` and `mins`. `interleave` turns the rows of a stage into columns of a panel. Then one instruction works on four
-elements of several rows: `vecdot_int8` multiplies them, `panel_f32` makes float32 of them.
+One instruction then works on four elements of several rows: `vecdot_int8` multiplies them, `panel_f32` makes float32 of
+them. `fill_panel_blocks` reads the same 16 bytes of eight rows, transposes them in units of four bytes while they are
+packed, and decodes them then: a vector has four bytes of each row, and what it takes to decode it is the same.
 
-An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `stage`
-[PANEL_ROWS, STAGE_ELEMENTS] and `panel` [K / 4, PANEL_ROWS, 4] hold bytes, in the memory of float32 arrays. `scales`
-and `mins` are float32 [scale groups of a row, PANEL_ROWS].
+A panel has some of the rows' columns, few enough for the first-level cache. An element of a block is
+scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `panel` holds bytes
+[columns / 4, PANEL_ROWS, 4], in the memory of a float32 array. `scales` and `mins` are float32
+[scale groups of the columns, PANEL_ROWS].
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import TYPE_TRAITS, VEC_DOT_TYPE
-from .intrinsics import INT32, INT64, element
-from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, five_bits, for_blocks, locator, six_bit_factors
+from .intrinsics import INT16, INT32, INT64, element, half_to_float, prefetch
+from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
+from .vecdot import INT8, TYPE_NAMES, Block, five_bits, locator, six_bit_factors
 
 ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
 """Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
 SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
 """Block type → elements that share a scale."""
+ROWS = 8
+"""Rows of a panel that are transposed together."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,14 @@ def _q5_k(block: Block) -> Iterator[Chunk]:
         yield Chunk(32 * group, five_bits(block, group), [scale], minimum)
 
 
+def q6_k_scales(block: Block) -> Any:
+    """The scales of the 16 groups of a q6_k block."""
+    return block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.f16_in_all("d"))
+
+
 def _q6_k(block: Block) -> Iterator[Chunk]:
     builder, byte = block.builder, vector_of(INT8, 32)
-    scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
+    scales = q6_k_scales(block)
     for index in range(8):
         half, quarter = divmod(index, 4)
         low = block.bits(block.load("ql", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
@@ -137,100 +145,191 @@ def blocks_of_a_row(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return cgutils.unpack_tuple(builder, shape)[1]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def unpack_blocks(
-    typingctx: Any, weights: Any, row: Any, begin: Any, count: Any, lane: Any, stage: Any, scales: Any, mins: Any
-) -> Any:
-    """Unpack blocks [begin, begin + count) of a row, at most STAGE_ELEMENTS elements, for one lane of a panel.
+# Panels
 
-    Their quants go to stage[lane], and the factors of scale group i to scales[i, lane] and mins[i, lane].
-    """
+
+def transpose(builder: Any, rows: list[Any]) -> list[Any]:
+    """Eight vectors of eight, transposed: pairs of elements, then of pairs, then of halves change places."""
+    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+    pairs = [_shuffle(builder, rows[i], rows[i + 1], lanes) for i in range(0, 8, 2) for lanes in (low, high)]
+    first, second = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+    fours = [
+        _shuffle(builder, pairs[i + j], pairs[i + j + 2], lanes)
+        for i in (0, 4)
+        for j in (0, 1)
+        for lanes in (first, second)
+    ]
+    halves = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    return [_shuffle(builder, fours[i], fours[i + 4], lanes) for lanes in halves for i in range(4)]
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, lanes_of(lanes))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Emits code that reads a block of each of ROWS rows."""
+
+    blocks: list[Block]
+
+    def words(self, field: str, offset: int) -> list[Any]:
+        """Four vectors of 16 bytes from `offset` bytes into a field: word i of each row, as <ROWS · 4 x i8>."""
+        builder, four = self.blocks[0].builder, vector_of(INT32, 4)
+        loaded = [block.load(field, four, offset) for block in self.blocks]
+        # rows i and i + 4 share a vector, of which AVX2 shuffles the halves alike
+        a, b, c, d = (concat(builder, loaded[i], loaded[i + 4]) for i in range(4))
+        low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+        first, second = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+        found = []
+        for lanes in (low, high):
+            ab, cd = _shuffle(builder, a, b, lanes), _shuffle(builder, c, d, lanes)
+            found += [_shuffle(builder, ab, cd, first), _shuffle(builder, ab, cd, second)]
+        return [builder.bitcast(each, vector_of(INT8, 4 * ROWS)) for each in found]
+
+    def halves(self, field: str) -> Any:
+        """A float16 field of each row, as a vector of float32."""
+        builder, bits = self.blocks[0].builder, ir.Constant(vector_of(INT16, ROWS), ir.Undefined)
+        for i, block in enumerate(self.blocks):
+            bits = builder.insert_element(bits, block.load(field, INT16), integer(i, INT32))
+        return half_to_float(builder, bits)
+
+    def bits(self, word: Any, shift: int, mask: int) -> Any:
+        return self.blocks[0].bits(word, shift, mask)
+
+
+# Each yields (column of the block, <ROWS · 4 x i8>): four elements of each row, as unsigned quants.
+
+
+def _columns_q8_0(rows: _Rows) -> Iterator[tuple[int, Any]]:
+    for half in range(2):
+        for i, word in enumerate(rows.words("qs", 16 * half)):
+            yield 4 * half + i, rows.blocks[0].builder.xor(word, splat(word.type, -128))
+
+
+def _columns_4bit(rows: _Rows) -> Iterator[tuple[int, Any]]:
+    for i, word in enumerate(rows.words("qs", 0)):
+        yield i, rows.bits(word, 0, 15)
+        yield 4 + i, rows.bits(word, 4, 15)
+
+
+def _columns_q4_k(rows: _Rows) -> Iterator[tuple[int, Any]]:
+    for part in range(8):  # 16 bytes of two groups of 32 elements
+        first = 16 * (part // 2) + 4 * (part % 2)
+        for i, word in enumerate(rows.words("qs", 16 * part)):
+            yield first + i, rows.bits(word, 0, 15)
+            yield first + 8 + i, rows.bits(word, 4, 15)
+
+
+def _columns_q5_k(rows: _Rows) -> Iterator[tuple[int, Any]]:
+    builder = rows.blocks[0].builder
+    for half in range(2):
+        high = rows.words("qh", 16 * half)
+        for group in range(0, 8, 2):
+            for i, word in enumerate(rows.words("qs", 16 * group + 16 * half)):
+                for j in range(2):
+                    fifth = builder.shl(rows.bits(high[i], group + j, 1), splat(word.type, 4))
+                    yield 8 * (group + j) + 4 * half + i, builder.or_(rows.bits(word, 4 * j, 15), fifth)
+
+
+def _columns_q6_k(rows: _Rows) -> Iterator[tuple[int, Any]]:
+    builder = rows.blocks[0].builder
+    for part in range(4):  # of 32 bytes of `qh` in each half of 128 elements: 16 of them
+        half, which = divmod(part, 2)
+        high = rows.words("qh", 16 * part)
+        for pair in range(2):  # 16 bytes of `ql` are two quarters of the half
+            for i, word in enumerate(rows.words("ql", 64 * half + 32 * pair + 16 * which)):
+                for j in range(2):
+                    quarter = pair + 2 * j
+                    top = builder.shl(rows.bits(high[i], 2 * quarter, 3), splat(word.type, 4))
+                    yield 32 * half + 8 * quarter + 4 * which + i, builder.or_(rows.bits(word, 4 * j, 15), top)
+
+
+_COLUMNS: dict[str, Callable[[_Rows], Iterator[tuple[int, Any]]]] = {
+    "q8_0": _columns_q8_0,
+    "q4_0": _columns_4bit,
+    "q4_1": _columns_4bit,
+    "q4_k": _columns_q4_k,
+    "q5_k": _columns_q5_k,
+    "q6_k": _columns_q6_k,
+}
+
+
+def _factors(name: str, rows: _Rows) -> list[list[Any]]:
+    """[scale of each scale group of the block, minimum of each or none]; a vector has those of all rows."""
+    builder = rows.blocks[0].builder
+    if TYPE_TRAITS[name].block_size == UNPACK_ELEMENTS:
+        return [[rows.halves("d")], [rows.halves("m")] if TYPE_TRAITS[name].has_min else []]
+    if TYPE_TRAITS[name].has_min:
+        scales, minimums = zip(*map(six_bit_factors, rows.blocks), strict=True)
+        return [transpose(builder, list(each)) for each in (scales, minimums)]
+    scales = [q6_k_scales(block) for block in rows.blocks]
+    parts = ([builder.shuffle_vector(each, each, lanes_of(range(at, at + 8))) for each in scales] for at in (0, 8))
+    return [[vector for part in parts for vector in transpose(builder, part)], []]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fill_panel_blocks(
+    typingctx: Any,
+    weights: Any,
+    row: Any,
+    last: Any,
+    begin: Any,
+    count: Any,
+    panel: Any,
+    scales: Any,
+    mins: Any,
+) -> Any:
+    """Make a panel of blocks [begin, begin + count) of PANEL_ROWS rows from `row` on. Past row `last`: `last`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, r, first_block, number, at, *places = args
+        array, first_row, final, first_block, number, *places = args
         name = TYPE_NAMES[sig.args[0].dtype]
-        blocks = blocks_of_a_row(context, builder, sig.args[0], array)
-        start = builder.add(builder.mul(r, blocks), first_block)
-        zero = integer(0)
+        per_row = blocks_of_a_row(context, builder, sig.args[0], array)
         bytes_, *factors = (
-            element(context, builder, kind, place, zero) for kind, place in zip(sig.args[5:], places, strict=True)
+            element(context, builder, kind, place, integer(0)) for kind, place in zip(sig.args[5:], places, strict=True)
         )
-        bytes_ = builder.gep(builder.bitcast(bytes_, INT8.as_pointer()), [builder.mul(at, integer(STAGE_ELEMENTS))])
-        group_of_block = builder.mul(first_block, integer(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
+        block_columns = integer(TYPE_TRAITS[name].block_size // 4)
+        groups_of_block = TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]
 
-        def body(index: Any, block: Block) -> None:
-            base = builder.mul(index, integer(TYPE_TRAITS[name].block_size))
-            groups = builder.add(
-                group_of_block, builder.mul(index, integer(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
-            )
-            for chunk in DECODERS[name](block):
-                to = builder.gep(bytes_, [builder.add(base, integer(chunk.first))])
-                builder.store(chunk.quants, builder.bitcast(to, chunk.quants.type.as_pointer()), align=1)
-                for field, values in zip(factors, (chunk.scales, [chunk.minimum]), strict=True):
-                    for i, value in enumerate(values if values != [None] else []):
-                        group = builder.add(groups, integer(chunk.first // SCALE_GROUPS[name] + i))
-                        place = builder.add(builder.mul(group, integer(PANEL_ROWS)), at)
-                        builder.store(value, builder.gep(field, [place]))
+        def store(start: Any, at: Any, part: int, vector: Any) -> None:
+            """Write a vector to `part` of PANEL_ROWS elements at index `at`."""
+            place = builder.gep(start, [builder.add(builder.mul(at, integer(PANEL_ROWS)), integer(part))])
+            builder.store(vector, builder.bitcast(place, vector.type.as_pointer()), align=4)
 
-        # the next panel, in the order of memory: this call is one of PANEL_ROWS for its columns
-        row_of_next = builder.add(builder.sub(r, at), integer(PANEL_ROWS))
-        done = builder.add(builder.mul(first_block, integer(PANEL_ROWS)), builder.mul(at, number))
-        ahead = builder.add(builder.mul(row_of_next, blocks), done)
-        locate, later = (locator(context, builder, sig.args[0], array, first) for first in (start, ahead))
-        for_blocks(builder, name, number, locate, body, later)
+        for part in range(0, PANEL_ROWS, ROWS):
+            locators = []
+            for i in range(part, part + ROWS):
+                own = builder.add(first_row, integer(i))
+                own = builder.select(builder.icmp_signed("<", own, final), own, final)
+                start = builder.add(builder.mul(own, per_row), first_block)
+                locators.append(locator(context, builder, sig.args[0], array, start))
+            with cgutils.for_range(builder, number) as loop:
+                rows = _Rows([Block(builder, name, locate(loop.index)) for locate in locators])
+                at = builder.mul(loop.index, block_columns)
+                for index, quants in _COLUMNS[name](rows):
+                    words = builder.bitcast(quants, vector_of(INT32, ROWS))
+                    store(bytes_, builder.add(at, integer(index)), part, words)
+                group = builder.mul(loop.index, integer(groups_of_block))
+                for field, vectors in zip(factors, _factors(name, rows), strict=True):
+                    for i, vector in enumerate(vectors):
+                        store(field, builder.add(group, integer(i)), part, vector)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, index, index, index, index, stage, scales, mins), codegen
-
-
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """PANEL_ROWS vectors of eight → eight of PANEL_ROWS. Joins rows in pairs, then shuffles two vectors into two.
-
-    `parts` has each vector with the (row, column) labels of its lanes.
-    """
-    parts = [
-        (concat(builder, *rows[i : i + 2]), [(i + j, k) for j in (0, 1) for k in range(8)])
-        for i in range(0, PANEL_ROWS, 2)
-    ]
-    width = 8
-    while width > 1:
-        width //= 2
-        ordered = sorted(parts, key=lambda part: (min(k for _, k in part[1]), min(r for r, _ in part[1])))
-        parts = []
-        for (first, one), (second, other) in zip(ordered[::2], ordered[1::2], strict=True):
-            labels = one + other
-            low = min(k for _, k in labels)
-            for start in (low, low + width):
-                chosen = sorted(label for label in labels if start <= label[1] < start + width)
-                lanes = lanes_of([labels.index(label) for label in chosen])
-                parts.append((builder.shuffle_vector(first, second, lanes), chosen))
-    return [vector for vector, labels in sorted(parts, key=lambda part: part[1][0][1])]
+    return types.void(weights, index, index, index, index, panel, scales, mins), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def interleave(typingctx: Any, stage: Any, count: Any, panel: Any, begin: Any) -> Any:
-    """Copy `count` times UNPACK_ELEMENTS elements of all rows of a stage into a panel, from its column `begin` on."""
+def prefetch_blocks(typingctx: Any, weights: Any, first: Any, count: Any) -> Any:
+    """Prefetch `count` blocks of a weight from flat index `first` on."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, number, target, first = args
-        eight, whole = vector_of(INT32, 8), vector_of(INT32, PANEL_ROWS)
-        start, to = (
-            builder.bitcast(element(context, builder, kind, array, integer(0)), INT8.as_pointer())
-            for kind, array in ((sig.args[0], source), (sig.args[2], target))
-        )
-        to = builder.gep(to, [builder.mul(first, integer(PANEL_ROWS))])
-        with cgutils.for_range(builder, number) as loop:
-            at = builder.mul(loop.index, integer(UNPACK_ELEMENTS))
-            rows = []
-            for row in range(PANEL_ROWS):
-                place = builder.gep(start, [builder.add(at, integer(row * STAGE_ELEMENTS))])
-                rows.append(builder.load(builder.bitcast(place, eight.as_pointer()), align=4))
-            for i, vector in enumerate(_transpose(builder, rows)):
-                place = builder.gep(
-                    to, [builder.add(builder.mul(at, integer(PANEL_ROWS)), integer(4 * PANEL_ROWS * i))]
-                )
-                builder.store(vector, builder.bitcast(place, whole.as_pointer()), align=4)
+        array, start, number = args
+        begin = locator(context, builder, sig.args[0], array, start)(integer(0))
+        nbytes = builder.mul(number, integer(TYPE_TRAITS[TYPE_NAMES[sig.args[0].dtype]].block_bytes))
+        with cgutils.for_range_slice(builder, integer(0), nbytes, integer(64)) as (at, _):
+            prefetch(builder, builder.gep(begin, [at]), 2)
         return context.get_dummy_value()
 
-    return types.void(stage, types.int64, panel, types.int64), codegen
+    return types.void(weights, types.int64, types.int64), codegen

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from ..quantization.types import TYPE_TRAITS
 from .intrinsics import FLOAT, INT32, INT64, element, load_floats, prefetch, to_float
-from .panel_bytes import SCALE_GROUPS, ZERO_POINTS
+from .panel_bytes import SCALE_GROUPS, ZERO_POINTS, transpose
 from .tiling import PANEL_COLUMNS, PANEL_ROWS
 from .vecdot import TYPE_NAMES
 
@@ -33,21 +33,6 @@ def _int(number: int, kind: Any = INT64) -> Any:
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(lanes)), lanes))
-
-
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """Eight vectors of eight, transposed: pairs of elements, then of pairs, then of halves change places."""
-    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
-    pairs = [_shuffle(builder, rows[i], rows[i + 1], lanes) for i in range(0, 8, 2) for lanes in (low, high)]
-    first, second = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
-    fours = [
-        _shuffle(builder, pairs[i + j], pairs[i + j + 2], lanes)
-        for i in (0, 4)
-        for j in (0, 1)
-        for lanes in (first, second)
-    ]
-    halves = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
-    return [_shuffle(builder, fours[i], fours[i + 4], lanes) for lanes in halves for i in range(4)]
 
 
 def _store(builder: Any, panel: Any, column: Any, part: int, values: Any) -> None:
@@ -88,7 +73,7 @@ def fill_panel_plain(
                 for i in range(part, part + LANES):
                     rows.append(load_floats(builder, kind, builder.gep(starts[i], [column]), LANES))
                     prefetch(builder, builder.gep(later[i], [column]), 2)
-                for i, values in enumerate(_transpose(builder, rows)):
+                for i, values in enumerate(transpose(builder, rows)):
                     _store(builder, to, builder.add(column, _int(i)), part, values)
         with cgutils.for_range_slice(builder, whole, count, _int(1)) as (column, _):
             for i, start in enumerate(starts):
@@ -102,20 +87,18 @@ def fill_panel_plain(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def expand_panel(
-    typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, first: Any, n: Any, panel: Any
-) -> Any:
-    """Make a panel of a panel of bytes with the first of `n` columns at column `first` of the row (see `panel_bytes`).
+def expand_panel(typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, n: Any, panel: Any) -> Any:
+    """Make a panel of a panel of bytes with `n` columns (see `panel_bytes`).
 
     `weights` gives the block type. An element has the same bits as `vecdot` makes.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, *factors, begin, count, target = args
+        _, source, *factors, count, target = args
         name = TYPE_NAMES[sig.args[0].dtype]
         size, has_min = SCALE_GROUPS[name], TYPE_TRAITS[name].has_min
         integers, floats = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
-        quants, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((1, source), (6, target)))
+        quants, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((1, source), (5, target)))
         scale_at, min_at = (
             element(context, builder, kind, array, _int(0)) for kind, array in zip(sig.args[2:4], factors, strict=True)
         )
@@ -125,7 +108,7 @@ def expand_panel(
             return builder.load(builder.bitcast(place, kind.as_pointer()), align=4)
 
         with cgutils.for_range_slice(builder, _int(0), count, _int(size)) as (column, _):
-            group = builder.udiv(builder.add(begin, column), _int(size))
+            group = builder.udiv(column, _int(size))
             for part in range(0, PANEL_ROWS, LANES):
                 scale = load(scale_at, group, part, floats)
                 minimum = load(min_at, group, part, floats) if has_min else None
@@ -145,7 +128,7 @@ def expand_panel(
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, packed, scales, mins, index, index, panel), codegen
+    return types.void(weights, packed, scales, mins, index, panel), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -161,7 +144,7 @@ def transpose_panel(typingctx: Any, rows: Any, columns: Any, panel: Any) -> Any:
                 for row in range(part, part + LANES):
                     place = builder.gep(start, [builder.add(column, _int(row * PANEL_COLUMNS))])
                     rows.append(load_floats(builder, types.float32, place, LANES))
-                for i, values in enumerate(_transpose(builder, rows)):
+                for i, values in enumerate(transpose(builder, rows)):
                     _store(builder, to, builder.add(column, _int(i)), part, values)
         return context.get_dummy_value()
 

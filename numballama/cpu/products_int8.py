@@ -2,9 +2,10 @@
 
 `vpdpbusd` (AVX512-VNNI, AVX-VNNI) adds four products to each 32-bit lane. AVX2 has `vpmaddubsw`, which adds two
 products in 16 bits and cuts sums beyond them off. Products of 4-bit quants are so small that the sums of a whole group
-of 32 fit in 16 bits, so one instruction widens them at the end of a group. Two products of 8-bit quants may not fit.
-There the weight's sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs multiply in 16
-bits.
+of 32 fit in 16 bits, so one instruction widens them at the end of a group. They fit with a zero point subtracted, too,
+half of it in each of the two sums of a lane; what is cut off before the end comes back. Two products of 8-bit quants
+may not fit. There the weight's sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs
+multiply in 16 bits.
 
 Sums of K-quants' groups, packed into 16 bits, are multiplied by the groups' integer scales: two products go to each
 32-bit lane, by `vpdpwssd`, or by `vpmaddwd` and an addition.
@@ -15,7 +16,6 @@ All of these sums are exact, so they are the same on every CPU.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +46,9 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
 
-LEAST_TOKENS = TOKENS_OF_A_PASS // 2 + 1 if TOKENS_OF_A_PASS > TILE else TILE
-"""Least number of tokens for which a panel is made. A pass for four tokens takes as long as one for eight, so it is
-faster to multiply each row with each of them.
+LEAST_TOKENS = 3 if _has_avx2() else TILE
+"""Least number of tokens for which a panel is made. A pass takes as long for fewer tokens as for all that it is for, so
+two are faster row by row.
 """
 
 
@@ -147,20 +147,21 @@ def add_word_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
 def group_products(
     builder: Any,
     name: str,
-    columns: Any,
+    tokens: int,
     quants_at: Callable[[Any], list[Any]],
     x_at: Callable[[int, Any], Any],
-    offsets: list[Any],
+    offset: Callable[[int, Any], Any],
 ) -> list[list[Any]]:
     """Emit the products of one scale group of a panel; returns their sums [token][part of the panel's rows].
 
-    `columns` is the number of columns of the group, a column being four elements of each row, as an LLVM value.
-    `quants_at(column)` gives the vectors of its parts, and `x_at(token, column)` the same four elements in all lanes.
-    Sums begin with the token's offset.
+    A column is four elements of each row: `quants_at(column)` gives the vectors of its parts, and `x_at(token, column)`
+    the same four elements in all lanes. Sums begin with offset(token, type of a vector of sums); if it is of 16 bits,
+    each 32-bit lane has half of the offset twice.
     """
     if not _has_avx2():
         lanes = ROWS_OF_A_VECTOR
-        sums = [[offset] * (PANEL_ROWS // lanes) for offset in offsets]
+        starts = [offset(token, ir.VectorType(INT32, lanes)) for token in range(tokens)]
+        sums = [[start] * (PANEL_ROWS // lanes) for start in starts]
         for column in range(TYPE_TRAITS[name].scale_group // 4):
             at = ir.Constant(INT64, column)
             quants = quants_at(at)
@@ -168,13 +169,15 @@ def group_products(
                 x = x_at(token, at)
                 sums[token] = [add_products(builder, name, *pair, x) for pair in zip(own, quants, strict=True)]
         return sums
-    # A loop of which LLVM knows no end: it would unroll it, take a token after the other, and run out of registers.
     fit = _pairs_that_fit(name)
     narrow = fit >= TYPE_TRAITS[name].scale_group // 4
-    start = ir.Constant(ir.VectorType(INT16, 16), None) if narrow else ir.Constant(ir.VectorType(INT32, 8), None)
-    places = [[cgutils.alloca_once(builder, start.type) for _ in range(PANEL_ROWS // 8)] for _ in offsets]
-    for place in itertools.chain(*places):
-        builder.store(start, place)
+    kind = ir.VectorType(INT16, 16) if narrow else ir.VectorType(INT32, 8)
+    places = [[cgutils.alloca_once(builder, kind) for _ in range(PANEL_ROWS // 8)] for _ in range(tokens)]
+    for token, own in enumerate(places):
+        start = offset(token, kind)
+        for place in own:
+            builder.store(start, place)
+    columns = _unknown(builder, ir.Constant(INT64, TYPE_TRAITS[name].scale_group // 4))
     step = ir.Constant(INT64, 2 if narrow else fit)
     with cgutils.for_range_slice(builder, ir.Constant(INT64, 0), columns, step) as (first, _):
         at = [builder.add(first, ir.Constant(INT64, i)) for i in range(step.constant)]
@@ -185,7 +188,13 @@ def group_products(
                 pairs = [_pairs(builder, name, column[part], four) for column, four in zip(quants, x, strict=True)]
                 total = functools.reduce(builder.add, pairs)
                 builder.store(builder.add(builder.load(place), total if narrow else _widen(builder, total)), place)
-    return [
-        [builder.add(_widen(builder, builder.load(p)) if narrow else builder.load(p), offset) for p in own]
-        for own, offset in zip(places, offsets, strict=True)
-    ]
+    sums = [[builder.load(place) for place in own] for own in places]
+    return [[_widen(builder, each) for each in own] for own in sums] if narrow else sums
+
+
+def _unknown(builder: Any, number: Any) -> Any:
+    """The number, of which LLVM does not know that it is a constant.
+
+    It would unroll a loop of a known end, take a token after the other, and run out of registers.
+    """
+    return builder.asm(ir.FunctionType(number.type, [number.type]), "", "=r,0", [number], side_effect=False)

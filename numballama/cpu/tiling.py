@@ -12,9 +12,9 @@ PANEL_TOKENS = 8
 """
 UNPACK_ELEMENTS = 32
 """Number of elements of a block that are unpacked at a time."""
-STAGE_ELEMENTS = 256
-"""Number of elements of a row that are unpacked before they are interleaved with the panel's other rows."""
-PANEL_COLUMNS = STAGE_ELEMENTS
+BYTES_COLUMNS = 1024
+"""Columns of a panel of bytes. It has 16 KB, half of the first-level cache: activations need some, too."""
+PANEL_COLUMNS = 256
 """Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
 SCORE_ROWS = 3
 """Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
@@ -22,20 +22,17 @@ SCORES_BEYOND = 7
 """Elements past a row's scores that are written too, because attention takes up to eight positions at a time."""
 
 
-def panel_buffer_size(columns: int) -> int:
-    """Number of float32 elements in a worker's buffer for a panel of rows of `columns` elements.
+def panel_buffer_size() -> int:
+    """Number of float32 elements in a worker's buffer for a panel of bytes.
 
-    The panel takes one byte per element. Scales and minimums take one float each for at least 16 elements. Then follow
-    the stage, one byte per element, and the products.
+    Scales and minimums take one float each for at least 16 elements. Then follow products.
     """
-    panel, factors = PANEL_ROWS * columns // 4, 2 * (PANEL_ROWS * columns // 16)
-    return panel + factors + PANEL_ROWS * STAGE_ELEMENTS // 4 + PANEL_TOKENS * PANEL_ROWS
+    return PANEL_ROWS * BYTES_COLUMNS // 4 + 2 * (PANEL_ROWS * BYTES_COLUMNS // 16) + PANEL_TOKENS * PANEL_ROWS
 
 
 def dequant_buffer_size(columns: int) -> int:
     """Number of float32 elements in a worker's buffer for rows of `columns` elements, as `matmul` uses it.
 
-    That is TILE rows; or a panel of float32, the same number of elements not yet transposed, and scales and minimums as
-    in `panel_buffer_size`.
+    That is TILE rows; or a panel of float32 and as much for its elements not yet transposed, or as a panel of bytes.
     """
-    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS + 2 * (PANEL_ROWS * columns // 16))
+    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS)

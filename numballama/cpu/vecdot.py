@@ -64,6 +64,14 @@ class Block:
         """A float16 field as float32."""
         return half_to_float(self.builder, self.load(field, INT16))
 
+    def f16_in_all(self, field: str, count: int = LANES) -> Any:
+        """A float16 field as float32, in all lanes of a vector.
+
+        Its bits are copied to all lanes and then converted: to convert one, LLVM inserts it into a register whose old
+        content it does not need, but waits for.
+        """
+        return half_to_float(self.builder, self.broadcast(self.load(field, INT16), count))
+
     def bytes_as_i32(self, field: str, offset: int = 0, signed: bool = False) -> Any:
         """LANES 8-bit integers of a field as a vector of int32."""
         elements = self.load(field, _vector(INT8), offset)
@@ -118,19 +126,19 @@ class Block:
 
 
 def _q8_0(block: Block) -> Iterator[tuple[int, Any]]:
-    scale = block.broadcast(block.f16("d"))
+    scale = block.f16_in_all("d")
     for start in (0, 16):
         yield start, block.times(block.floats(block.bytes_as_i32("qs", start, signed=True)), scale)
 
 
 def _q4_0(block: Block) -> Iterator[tuple[int, Any]]:
-    packed, scale = block.bytes_as_i32("qs"), block.broadcast(block.f16("d"))
+    packed, scale = block.bytes_as_i32("qs"), block.f16_in_all("d")
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.dequantize_4bit(packed, shift, scale, first=-8)
 
 
 def _q4_1(block: Block) -> Iterator[tuple[int, Any]]:
-    packed, scale, minimum = block.bytes_as_i32("qs"), block.broadcast(block.f16("d")), block.broadcast(block.f16("m"))
+    packed, scale, minimum = block.bytes_as_i32("qs"), block.f16_in_all("d"), block.f16_in_all("m")
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.dequantize_4bit(packed, shift, scale, minimum=minimum)
 
@@ -156,7 +164,7 @@ def six_bit_factors(block: Block) -> tuple[Any, Any]:
     """(scales, minimums) of the eight groups of a q4_k or q5_k block: `six_bit_integers` times its `d` and -`dmin`."""
     builder = block.builder
     scales, minimums = (
-        builder.fmul(block.floats(builder.zext(each, _vector(INT32, 8))), block.broadcast(block.f16(field), 8))
+        builder.fmul(block.floats(builder.zext(each, _vector(INT32, 8))), block.f16_in_all(field, 8))
         for each, field in zip(six_bit_integers(block), ("d", "dmin"), strict=True)
     )
     return scales, builder.fneg(minimums)
@@ -198,7 +206,7 @@ def _q6_k(block: Block) -> Iterator[tuple[int, Any]]:
     64-127 in the high half) and 32 bytes of `qh` with the high 2 bits (elements 0-31 in the lowest two, and so on).
     """
     builder, byte = block.builder, _vector(INT8, 32)
-    scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
+    scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.f16_in_all("d"))
     halves = [ir.Constant(_vector(INT32), list(range(start, start + LANES))) for start in (0, 16)]
     for half in range(2):
         high = block.load("qh", byte, 32 * half)

@@ -13,6 +13,7 @@ does it for TOKENS_OF_A_PASS tokens.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from numba.extending import intrinsic
 
 from ..quantization.types import TYPE_TRAITS, VEC_DOT_TYPE
 from .activations_int8 import Activations
-from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float
+from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float, prefetch
 from .panel_bytes import (
     DECODERS,
     SCALE_GROUPS,
@@ -48,6 +49,8 @@ from .products_int8 import (
 )
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator, six_bit_integers
+
+CACHE_LINE = 64
 
 
 def _times_plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -288,23 +291,28 @@ def multiply_panel(
     xq: Any,
     xs: Any,
     sums: Any,
-    t: Any,
-    last: Any,
+    where: Any,
     out: Any,
     at: Any,
     stride: Any,
+    ahead: Any,
 ) -> Any:
-    """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on.
+    """Dot products of a panel with TOKENS_OF_A_PASS tokens. `weights` gives the block type.
 
-    Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on. `weights` gives the block type.
-    Past token `last`, that token is computed again.
+    `where` is (first column k of the panel, columns, first token t, last token); past the last token, that token is
+    computed again. Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on; if k is not 0, they
+    are added there. `ahead` is (flat index of a block, number of the pass, passes): blocks from there on, as many as
+    the panel has, are prefetched bit by bit. All at once would be more cache lines than a core can wait for.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, *factors, xq_, xs_, sums_, first, final, target, to, step = args
+        array, *factors, xq_, xs_, sums_, where_, target, to, step, ahead_ = args
+        later, number, passes = cgutils.unpack_tuple(builder, ahead_)
+        begin, length, first, final = cgutils.unpack_tuple(builder, where_)
+        again = builder.icmp_signed("!=", begin, integer(0))
         name = TYPE_NAMES[sig.args[0].dtype]
         blocks = blocks_of_a_row(context, builder, sig.args[0], array)
-        columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
+        width = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
         floats, integers = vector_of(FLOAT, ROWS_OF_A_VECTOR), vector_of(INT32, ROWS_OF_A_VECTOR)
         parts = range(0, PANEL_ROWS, ROWS_OF_A_VECTOR)
         packed, scales_start, mins_start = (
@@ -317,56 +325,71 @@ def multiply_panel(
             places = (builder.gep(start, [builder.add(index, integer(part))]) for part in parts)
             return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
-        tokens, starts = [], []
+        tokens, results = [], []
         for k in range(TOKENS_OF_A_PASS):
             token = builder.add(first, integer(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             offset = builder.add(to, builder.mul(builder.sub(token, first), step))
-            starts.append(element(context, builder, sig.args[9], target, offset))
-            tokens.append(Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
+            for part in parts:
+                place = element(context, builder, sig.args[8], target, builder.add(offset, integer(part)))
+                results.append(builder.bitcast(place, floats.as_pointer()))
+            tokens.append(Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, width, name))
         totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
-        # the columns of a group are known; computed from extents, so that LLVM does not know them
-        scales_of_x = cgutils.unpack_tuple(
-            builder, cgutils.create_struct_proxy(sig.args[5])(context, builder, xs_).shape
-        )[1]
-        every = 4 * (tokens[0].per_scale // SCALE_GROUPS[name])
-        group_columns = builder.udiv(columns, builder.mul(scales_of_x, integer(every)))
-        with cgutils.for_range(builder, builder.udiv(columns, integer(SCALE_GROUPS[name]))) as loop:
-            start = builder.mul(loop.index, integer(SCALE_GROUPS[name]))
-            offset = ir.Constant(integers, None)
-            offsets = [x.zero_point_term(start, ROWS_OF_A_VECTOR) if zero_point(name) else offset for x in tokens]
+        zero = ir.Constant(floats, [0.0] * ROWS_OF_A_VECTOR)
+        for place, total in zip(results, itertools.chain(*totals), strict=True):
+            builder.store(builder.select(again, builder.load(place, align=4), zero), total)
+        group = integer(SCALE_GROUPS[name])
+        first_group, groups = builder.udiv(begin, group), builder.udiv(length, group)
+        nbytes = PANEL_ROWS * TYPE_TRAITS[name].block_bytes * SCALE_GROUPS[name] // TYPE_TRAITS[name].block_size
+        # Two passes each ask for half of a group's lines. One asks for two of three: the hardware foresees the others.
+        count = -(-nbytes // CACHE_LINE // 2)
+        one = builder.icmp_signed("==", passes, integer(1))
+        apart = builder.select(one, integer(CACHE_LINE * 3 // 2), integer(CACHE_LINE))
+        line = builder.sub(builder.mul(builder.and_(number, integer(1)), groups), first_group)
+        line_bytes = builder.mul(apart, integer(count))
+        later = locator(context, builder, sig.args[0], array, later)(integer(0))
+        later = builder.gep(later, [builder.mul(line, line_bytes)])
+        # the panel and its factors as if they began with the row: one index for all, of which registers are few
+        packed = builder.gep(packed, [builder.mul(begin, integer(-PANEL_ROWS // 4))])
+        before = builder.mul(first_group, integer(-PANEL_ROWS))
+        scales_start, mins_start = (builder.gep(place, [before]) for place in (scales_start, mins_start))
+        with cgutils.for_range_slice(builder, first_group, builder.add(first_group, groups), integer(1)) as (index, _):
+            ahead = builder.gep(later, [builder.mul(index, line_bytes)])
+            for i in range(count):
+                prefetch(builder, builder.gep(ahead, [builder.mul(integer(i), apart)]), 2)
+            start = builder.mul(index, group)
+
+            def offset(token: int, kind: Any) -> Any:
+                return tokens[token].zero_point_term(start, kind)
 
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
-                return vectors_at(
-                    packed,
-                    builder.add(builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))),
-                    integers,
-                )
+                at = builder.add(builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS)))
+                return vectors_at(packed, at, integers)
 
             def x_at(token: int, column: Any) -> Any:
                 index = builder.add(start, builder.mul(column, integer(4)))
                 return broadcast(builder, tokens[token].quants(index, INT32), ROWS_OF_A_VECTOR)
 
-            groups = group_products(builder, name, group_columns, quants_at, x_at, offsets)
-            at = builder.mul(loop.index, integer(PANEL_ROWS))
+            dots_of_group = group_products(builder, name, len(tokens), quants_at, x_at, offset)
+            at = builder.mul(index, integer(PANEL_ROWS))
             scales_of_rows = vectors_at(scales_start, at, floats)
             minimums = vectors_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else [None] * len(parts)
-            for x, places, group in zip(tokens, totals, groups, strict=True):
+            for x, places, dots_of_x in zip(tokens, totals, dots_of_group, strict=True):
                 scale_of_x = broadcast(builder, x.scale(start), ROWS_OF_A_VECTOR)
                 sum_of_x = broadcast(builder, x.sum(start), ROWS_OF_A_VECTOR) if TYPE_TRAITS[name].has_min else None
-                for place, sums_of_rows, scale, minimum in zip(places, group, scales_of_rows, minimums, strict=True):
+                for place, sums_of_rows, scale, minimum in zip(
+                    places, dots_of_x, scales_of_rows, minimums, strict=True
+                ):
                     dots = builder.sitofp(sums_of_rows, floats)
                     product = builder.fmul(dots, scale, flags=("contract",))
                     total = _times_plus(builder, product, scale_of_x, builder.load(place))
                     if minimum is not None:
                         total = _times_plus(builder, minimum, sum_of_x, total)
                     builder.store(total, place)
-        for first_of_out, places in zip(starts, totals, strict=True):
-            for part, place in zip(parts, places, strict=True):
-                pointer = builder.bitcast(builder.gep(first_of_out, [integer(part)]), floats.as_pointer())
-                builder.store(builder.load(place), pointer, align=4)
+        for place, total in zip(results, itertools.chain(*totals), strict=True):
+            builder.store(builder.load(total), place, align=4)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, out, index, index), codegen
+    return types.void(weights, panel, scales, mins, xq, xs, sums, where, out, index, index, ahead), codegen

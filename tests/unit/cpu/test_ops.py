@@ -42,13 +42,13 @@ def test_the_table_is_read_without_numba() -> None:
 
 def test_shapes_of_scratch_arrays() -> None:
     x, weight = (64, 256), (100, 256)
-    # a panel, elements not yet transposed, scales and minimums
-    assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 2 * 16 * 256 + 2 * 256)
+    # a panel, elements not yet transposed
+    assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 2 * 16 * 256)
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
     assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 3, 5 * 32 + 7)
-    # panel and factors, stage, products
-    assert ops.panels()(x, weight, workers=3) == (3, 16 * 256 // 4 + 2 * 256 + 16 * 256 // 4 + 8 * 16)
+    # panel and factors, products
+    assert ops.panels(x, weight, workers=3) == (3, 16 * 1024 // 4 + 2 * 1024 + 8 * 16)
 
 
 def test_a_users_kernel_replaces_ours_whichever_came_first() -> None:
