@@ -4,6 +4,7 @@ python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1
 python benchmarks/serve.py ours=http://127.0.0.1:8000 engine=MODEL.gguf --device cuda --clients 1 16 64
 
 A file in place of an address is the engine without HTTP, in this process: what a server could reach at most.
+On a GPU start ours with `--api-server-count 4`: many clients then cost the engine's process little.
 The clients of a server at an address are in several processes, half as many as there are cores and at most 8: one
 alone needs as long for the answers as the server. They begin each round together. On two cores, and with `--rate`, they
 are in this process. `--processes` sets another number.
