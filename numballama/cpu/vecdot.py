@@ -189,8 +189,8 @@ def _q4_k(block: Block) -> Iterator[tuple[Any, Any]]:
         builder.store(each, place)
     starts = [builder.bitcast(place, FLOAT.as_pointer()) for place in places]
     with cgutils.for_range(builder, unknown(builder, _int(INT64, 4))) as loop:
-        pair = Block(builder, block.name, builder.gep(block.pointer, [builder.mul(loop.index, _int(INT64, 32))]))
-        packed = [pair.bytes_as_i32("qs", start) for start in (0, 16)]
+        of_pair = Block(builder, block.name, builder.gep(block.pointer, [builder.mul(loop.index, _int(INT64, 32))]))
+        packed = [of_pair.bytes_as_i32("qs", start) for start in (0, 16)]
         for which in range(2):
             group = builder.add(builder.mul(loop.index, _int(INT64, 2)), _int(INT64, which))
             scale, minimum = (block.broadcast(builder.load(builder.gep(start, [group]))) for start in starts)
