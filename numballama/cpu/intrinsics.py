@@ -134,6 +134,14 @@ def prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
     )
 
 
+def unknown(builder: Any, number: Any) -> Any:
+    """The number, of which LLVM does not know that it is a constant.
+
+    It would unroll a loop of a known end, take a token after the other, and run out of registers.
+    """
+    return builder.asm(ir.FunctionType(number.type, [number.type]), "", "=r,0", [number], side_effect=False)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def as_f32(typingctx: Any, stored: Any) -> Any:
     """A stored element as float32 (see `to_float`)."""

@@ -263,8 +263,8 @@ def _factors(name: str, rows: _Rows) -> list[list[Any]]:
     if TYPE_TRAITS[name].has_min:
         scales, minimums = zip(*map(six_bit_factors, rows.blocks), strict=True)
         return [transpose(builder, list(each)) for each in (scales, minimums)]
-    scales = [q6_k_scales(block) for block in rows.blocks]
-    parts = ([builder.shuffle_vector(each, each, lanes_of(range(at, at + 8))) for each in scales] for at in (0, 8))
+    all_scales = [q6_k_scales(block) for block in rows.blocks]
+    parts = ([builder.shuffle_vector(each, each, lanes_of(range(at, at + 8))) for each in all_scales] for at in (0, 8))
     return [[vector for part in parts for vector in transpose(builder, part)], []]
 
 

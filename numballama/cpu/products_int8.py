@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from ..quantization.types import TYPE_TRAITS
-from .intrinsics import INT16, INT32, INT64, cpu_features
+from .intrinsics import INT16, INT32, INT64, cpu_features, unknown
 from .tiling import PANEL_ROWS, PANEL_TOKENS, TILE
 from .vecdot import INT8
 
@@ -177,7 +177,7 @@ def group_products(
         start = offset(token, kind)
         for place in own:
             builder.store(start, place)
-    columns = _unknown(builder, ir.Constant(INT64, TYPE_TRAITS[name].scale_group // 4))
+    columns = unknown(builder, ir.Constant(INT64, TYPE_TRAITS[name].scale_group // 4))
     step = ir.Constant(INT64, 2 if narrow else fit)
     with cgutils.for_range_slice(builder, ir.Constant(INT64, 0), columns, step) as (first, _):
         at = [builder.add(first, ir.Constant(INT64, i)) for i in range(step.constant)]
@@ -190,11 +190,3 @@ def group_products(
                 builder.store(builder.add(builder.load(place), total if narrow else _widen(builder, total)), place)
     sums = [[builder.load(place) for place in own] for own in places]
     return [[_widen(builder, each) for each in own] for own in sums] if narrow else sums
-
-
-def _unknown(builder: Any, number: Any) -> Any:
-    """The number, of which LLVM does not know that it is a constant.
-
-    It would unroll a loop of a known end, take a token after the other, and run out of registers.
-    """
-    return builder.asm(ir.FunctionType(number.type, [number.type]), "", "=r,0", [number], side_effect=False)

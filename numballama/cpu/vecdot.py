@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import BLOCKS, LINEAR_TYPES, TYPE_TRAITS
-from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float, prefetch
+from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float, prefetch, unknown
 
 RECORD_TYPES = {name: from_dtype(TYPE_TRAITS[name].record) for name in LINEAR_TYPES if name in BLOCKS}
 """Block type → Numba's type of its record."""
@@ -123,6 +123,7 @@ class Block:
 
 
 # Decoders: each yields (index of the first, LANES elements as float32) until it has given the whole block.
+# In a loop that it emits, the index is an LLVM value.
 
 
 def _q8_0(block: Block) -> Iterator[tuple[int, Any]]:
@@ -170,15 +171,32 @@ def six_bit_factors(block: Block) -> tuple[Any, Any]:
     return scales, builder.fneg(minimums)
 
 
-def _q4_k(block: Block) -> Iterator[tuple[int, Any]]:
+def _q4_k(block: Block) -> Iterator[tuple[Any, Any]]:
     """Eight groups of 32. Two of them share 32 bytes: the first has the low 4 bits, the second the high 4."""
-    scales, minimums = six_bit_factors(block)
-    for pair in range(4):
-        packed = [block.bytes_as_i32("qs", 32 * pair + start) for start in (0, 16)]
-        for group, shift in ((2 * pair, 0), (2 * pair + 1, 4)):
-            scale, minimum = block.lane(scales, group), block.lane(minimums, group)
+    builder, factors = block.builder, six_bit_factors(block)
+    if cpu_features().get("avx512f"):
+        for pair in range(4):
+            packed = [block.bytes_as_i32("qs", 32 * pair + start) for start in (0, 16)]
+            for group, shift in ((2 * pair, 0), (2 * pair + 1, 4)):
+                scale, minimum = (block.lane(each, group) for each in factors)
+                for half in range(2):
+                    first = _int(INT64, 32 * group + 16 * half)
+                    yield first, block.dequantize_4bit(packed[half], shift, scale, minimum=minimum)
+        return
+    # A loop, because LLVM would decode much of a block before it multiplies, for which 16 registers are too few.
+    places = [cgutils.alloca_once(builder, each.type) for each in factors]
+    for place, each in zip(places, factors, strict=True):
+        builder.store(each, place)
+    starts = [builder.bitcast(place, FLOAT.as_pointer()) for place in places]
+    with cgutils.for_range(builder, unknown(builder, _int(INT64, 4))) as loop:
+        of_pair = Block(builder, block.name, builder.gep(block.pointer, [builder.mul(loop.index, _int(INT64, 32))]))
+        packed = [of_pair.bytes_as_i32("qs", start) for start in (0, 16)]
+        for which in range(2):
+            group = builder.add(builder.mul(loop.index, _int(INT64, 2)), _int(INT64, which))
+            scale, minimum = (block.broadcast(builder.load(builder.gep(start, [group]))) for start in starts)
             for half in range(2):
-                yield 32 * group + 16 * half, block.dequantize_4bit(packed[half], shift, scale, minimum=minimum)
+                first = builder.add(builder.mul(group, _int(INT64, 32)), _int(INT64, 16 * half))
+                yield first, block.dequantize_4bit(packed[half], 4 * which, scale, minimum=minimum)
 
 
 def five_bits(block: Block, group: int) -> Any:
@@ -220,7 +238,7 @@ def _q6_k(block: Block) -> Iterator[tuple[int, Any]]:
                 yield 16 * group, block.times(block.floats(quants), block.lane(scales, group))
 
 
-_DECODERS: dict[str, Callable[[Block], Iterator[tuple[int, Any]]]] = {
+_DECODERS: dict[str, Callable[[Block], Iterator[tuple[Any, Any]]]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -294,7 +312,8 @@ def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) ->
     def body(index: Any, block: Block) -> None:
         start = builder.mul(index, _int(INT64, TYPE_TRAITS[name].block_size))
         for first, vector in _DECODERS[name](block):
-            use(builder.add(start, _int(INT64, first)), vector, next(which))
+            first = _int(INT64, first) if isinstance(first, int) else first
+            use(builder.add(start, first), vector, next(which))
 
     for_blocks(builder, name, blocks, locate, body)
 
