@@ -13,8 +13,12 @@ from ..errors import FormatError
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
 
 
+class Double(float):
+    """A number of 64 bits on the wire, where a float has 32. sentencepiece has no such field."""
+
+
 def message_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a message. Values are int, float or bytes, as the wire type says.
+    """(number, value) of each field of a message. Values are int, float, `Double` or bytes, as the wire type says.
 
     Raises `FormatError` for a damaged message.
     """
@@ -45,7 +49,10 @@ def message_fields(message: bytes) -> Iterator[tuple[int, Any]]:
                 "a damaged protobuf message", where=at, expected=f"{length} bytes", found=len(message) - at
             )
         data, at = message[at : at + length], at + length
-        yield number, data if wire == _BYTES else struct.unpack("<f" if wire == _I32 else "<d", data)[0]
+        if wire == _I64:
+            yield number, Double(struct.unpack("<d", data)[0])
+        else:
+            yield number, data if wire == _BYTES else struct.unpack("<f", data)[0]
 
 
 def known_fields(message: bytes, types: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
@@ -53,11 +60,13 @@ def known_fields(message: bytes, types: Mapping[int, type]) -> Iterator[tuple[in
 
     Others are unknown: protobuf, too, skips a field whose wire type is not that of its number.
     """
-    return ((number, value) for number, value in message_fields(message) if isinstance(value, types.get(number, ())))
+    return ((number, value) for number, value in message_fields(message) if type(value) is types.get(number))
 
 
 def field_bytes(number: int, value: int | float | bytes) -> bytes:
-    """A field of a message: a varint for an int, 32 bits for a float, a length and the bytes otherwise."""
+    """A field of a message: a varint for an int, 64 or 32 bits for a `Double` or float, else a length and bytes."""
+    if isinstance(value, Double):
+        return _varint(number * 8 + _I64) + struct.pack("<d", value)
     if isinstance(value, float):
         return _varint(number * 8 + _I32) + struct.pack("<f", value)
     if isinstance(value, int):

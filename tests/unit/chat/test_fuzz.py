@@ -32,3 +32,11 @@ def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz_chat, "SECONDS", -1.0)
     with pytest.raises(AssertionError, match=r"seed 0, case 0: .*took"):
         fuzz_chat.fuzz(1, 0)
+
+
+def test_a_template_may_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rendering of a case draws the same; otherwise ids of one would be compared with the text of another."""
+    monkeypatch.setattr(fuzz_chat, "mutated", lambda rng: "{{ 'abcdefgh' | random }}{{ messages | length }}")
+    monkeypatch.setattr(fuzz_chat, "block", lambda rng: "{{ 'ab' | random }}")
+    found = {fuzz_chat.examine_template(random.Random(seed)) for seed in range(60)}
+    assert "template rendered" in found

@@ -6,11 +6,11 @@ import contextlib
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from numballama.errors import FormatError
-from numballama.tokenizers.sentencepiece_proto import message_bytes, message_fields
+from numballama.tokenizers.sentencepiece_proto import Double, known_fields, message_bytes, message_fields
 
 
 def test_fields_of_every_wire_type() -> None:
@@ -25,12 +25,22 @@ def test_damage(message: bytes) -> None:
         list(message_fields(message))
 
 
-values = st.integers(0, 2**63) | st.binary(max_size=300) | st.floats(width=32, allow_nan=False)
+floats = st.floats(width=32, allow_nan=False) | st.floats(allow_nan=False).map(Double)
+values = st.integers(0, 2**63) | st.binary(max_size=300) | floats
 
 
 @given(fields=st.lists(st.tuples(st.integers(1, 2000), values), max_size=5))
+@example(fields=[(4, Double(1e300))])
 def test_what_is_written_is_read(fields: list[tuple[int, int | float | bytes]]) -> None:
-    assert list(message_fields(message_bytes(fields))) == fields
+    message = message_bytes(fields)
+    found = list(message_fields(message))
+    assert found == fields and [type(value) for _, value in found] == [type(value) for _, value in fields]
+    assert message_bytes(found) == message
+
+
+def test_a_number_of_64_bits_is_no_float() -> None:
+    message = message_bytes([(2, Double(1.5)), (2, 0.5)])
+    assert list(known_fields(message, {2: float})) == [(2, 0.5)]
 
 
 @given(data=st.binary(max_size=60))
