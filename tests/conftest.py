@@ -10,6 +10,8 @@ import pytest
 
 # before NumPy is imported: threads of the reference's small products wait for each other longer than they compute
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# before Numba is: it colours even the messages of errors that it catches itself, of which a kernel has a thousand
+os.environ.setdefault("NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING", "1")
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.random_models import MODELS

@@ -31,7 +31,7 @@ from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
 from .. import kernel_cache
-from ..host import call_types, interrupts
+from ..host import call_types, garbage, interrupts
 from .fork import ForkSafeLock
 
 FAST_MATH = {"reassoc", "contract", "nsz"}
@@ -314,7 +314,7 @@ def compile_step(function: Callable[..., Any], operands: list[Any]) -> _CFunc:
         found = _steps.get(wanted)
         if found is None:
             signature = types.void(types.int64, types.int64, types.int64, *operands)
-            with interrupts.deferred(), call_types.remembered():
+            with interrupts.deferred(), call_types.remembered(), garbage.seldom_collected():
                 found = _CFunc(
                     function,
                     sigutils.normalize_signature(signature),

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import kernel_cache
 from ..errors import NEXT_STEP, DeviceError, Error
-from ..host import call_types, environment, interrupts
+from ..host import call_types, environment, garbage, interrupts
 from ..registry import KernelRef
 from .launch import Specialization
 
@@ -126,7 +126,7 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
 
     check_parameters(kernel)
     function = kernel.function.py_func
-    with _compiling_for(capability), call_types.remembered():
+    with _compiling_for(capability), call_types.remembered(), garbage.seldom_collected():
         bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
         options = {"debug": False, "opt": True}  # whatever the environment sets: the cache's key does not tell
         ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds, **options)

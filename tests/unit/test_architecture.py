@@ -29,7 +29,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
     errors validation progress
-    host: cgroup environment interrupts child call_types
+    host: cgroup environment interrupts child call_types garbage
     config rope memory
     checkpoint
     quantization: types blocks search activations convert kv policy

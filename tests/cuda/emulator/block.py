@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -26,6 +27,21 @@ from tests.cuda.emulator.program import (
 from tests.cuda.emulator.wgmma import LANES, Products, Warpgroup
 
 BOX_COLUMNS = 64
+BOOL = np.dtype(bool)
+RAW = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+"""The type of registers by their bytes."""
+COMPARED = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+@cache
+def address_parts(operand: str) -> tuple[str, int]:
+    """(register or name, offset) of an operand in brackets."""
+    match = re.match(r"\[([^\]+]+)(?:\+(-?\w+))?\]", operand)
+    assert match, operand
+    return match[1].strip(), int(match[2] or "0", 0)
 
 
 class Copies(NamedTuple):
@@ -190,6 +206,10 @@ class Block:
     # Operands
 
     def _kind(self, modifiers: Sequence[str], which: int = -1) -> str:
+        if which == -1:
+            for modifier in reversed(modifiers):
+                if modifier in WIDTHS:
+                    return modifier
         return [m for m in modifiers if m in WIDTHS][which]
 
     def _value(self, operand: str, kind: str) -> np.ndarray:
@@ -199,11 +219,11 @@ class Block:
             if (operand, kind) not in self.constants:
                 self.constants[operand, kind] = self._constant(operand, kind)
             return self.constants[operand, kind]
-        if held.dtype == np.bool_:
+        own, dtype = held.dtype, NUMPY[kind]
+        if own is BOOL or own is dtype:
             return held
-        dtype = NUMPY[kind]
-        if held.dtype.itemsize != WIDTHS[kind]:
-            held = held.astype(f"u{WIDTHS[kind]}")
+        if own.itemsize != WIDTHS[kind]:
+            held = held.astype(RAW[WIDTHS[kind]])
         return held.view(dtype)
 
     def _constant(self, operand: str, kind: str) -> np.ndarray:
@@ -224,34 +244,33 @@ class Block:
         if name == "_":
             return
         value = np.asarray(value)
-        raw = value if value.dtype == np.bool_ else value.view(f"u{value.dtype.itemsize}")
+        raw = value if value.dtype is BOOL else value.view(RAW[value.dtype.itemsize])
         if mask is self.everyone:
             self.registers[name] = raw.copy()
             return
         held = self.registers.get(name)
         if held is None or (held.dtype != raw.dtype):
             held = self.registers[name] = (
-                np.zeros(self.threads, bool) if raw.dtype == np.bool_ else np.full(self.threads, 0xA5, raw.dtype)
+                np.zeros(self.threads, bool) if raw.dtype is BOOL else np.full(self.threads, 0xA5, raw.dtype)
             )
         np.copyto(held, raw, where=mask)
 
     def _address(self, operand: str) -> np.ndarray:
-        match = re.match(r"\[([^\]+]+)(?:\+(-?\w+))?\]", operand)
-        assert match, operand
-        return self._value(match[1].strip(), "u64").astype(np.int64) + int(match[2] or "0", 0)
+        name, offset = address_parts(operand)
+        return self._value(name, "u64").view(np.int64) + offset
 
     def _bytes(self, address: np.ndarray, width: int, shared: bool, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(memory, indices [n, width]) of addresses of the threads of a mask."""
-        generic = (address >= SHARED).all()
-        assert generic or (address < SHARED).all(), "both spaces at once"
+        low, high = int(address.min()), int(address.max())
+        generic = low >= SHARED
+        assert generic or high < SHARED, "both spaces at once"
         assert not (address % width).any(), f"not aligned to {width}"
         if shared or generic:
-            index = address - (0 if shared else SHARED)
-            assert (index >= 0).all() and (index + width <= self.shared_bytes).all(), "outside shared memory"
-            return self.shared, (index + self._shared_begin[mask])[:, None] + np.arange(width)
-        index = address - BASE
-        assert (index >= 0).all() and (index + width <= self.memory.bytes.size).all(), "outside global memory"
-        indices = index[:, None] + np.arange(width)
+            begin = 0 if shared else SHARED
+            assert low >= begin and high - begin + width <= self.shared_bytes, "outside shared memory"
+            return self.shared, (address - begin + self._shared_begin[mask])[:, None] + np.arange(width)
+        assert low >= BASE and high - BASE + width <= self.memory.bytes.size, "outside global memory"
+        indices = (address - BASE)[:, None] + np.arange(width)
         assert self.memory.allowed[indices].all(), "outside any allocation"
         return self.memory.bytes, indices
 
@@ -263,8 +282,8 @@ class Block:
     # Instructions
 
     def _execute(self, name: str, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        function: Callable[..., None] = getattr(self, f"_{name}", self._arithmetic)
-        if function == self._arithmetic:
+        function: Callable[..., None] | None = getattr(self, f"_{name}", None)
+        if function is None:
             self._arithmetic(modifiers, operands, mask, name)
         else:
             function(modifiers, operands, mask)
@@ -283,8 +302,10 @@ class Block:
             part = np.ascontiguousarray(raw[:, i * width : (i + 1) * width]).view(NUMPY[kind]).reshape(-1)
             if width == 1:
                 part = part.astype(np.int16 if kind == "s8" else np.uint16)
-            whole = np.zeros(self.threads, part.dtype)
-            whole[mask] = part
+            whole = part
+            if mask is not self.everyone:
+                whole = np.zeros(self.threads, part.dtype)
+                whole[mask] = part
             held = self.registers.get(name)
             if held is not None and held.dtype.itemsize > whole.dtype.itemsize:
                 whole = whole.astype(f"{'i' if kind[0] == 's' else 'u'}{held.dtype.itemsize}")
@@ -378,20 +399,18 @@ class Block:
         kind = self._kind(modifiers)
         a, b = (self._value(name, kind) for name in operands[1:3])
         how = modifiers[0]
-        unordered = np.zeros(self.threads, bool)
-        if kind[0] == "f":
-            unordered = np.isnan(a) | np.isnan(b)
-        table = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-                 "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
-                  "hs": np.greater_equal}  # fmt: skip
+        if kind[0] != "f":
+            self._set(operands[0], COMPARED[how](a, b), mask)
+            return
+        unordered = np.isnan(a) | np.isnan(b)
         if how == "nan":
             result = unordered
         elif how == "num":
             result = ~unordered
-        elif how.endswith("u") and how[:-1] in table:
-            result = table[how[:-1]](a, b) | unordered
+        elif how.endswith("u") and how[:-1] in COMPARED:
+            result = COMPARED[how[:-1]](a, b) | unordered
         else:
-            result = table[how](a, b) & ~unordered
+            result = COMPARED[how](a, b) & ~unordered
         self._set(operands[0], result, mask)
 
     def _selp(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:

@@ -20,9 +20,14 @@ FIRST_BYTES = 64 << 20
 
 WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
           "b64": 8, "u64": 8, "s64": 8, "f64": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}  # fmt: skip
-NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
-         "f16": np.float16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64,
-         "s64": np.int64, "b64": np.uint64, "f64": np.float64, "pred": np.bool_}  # fmt: skip
+NUMPY = {
+    kind: np.dtype(type_)
+    for kind, type_ in {
+        "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
+        "f16": np.float16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64,
+        "s64": np.int64, "b64": np.uint64, "f64": np.float64, "pred": np.bool_,
+    }.items()
+}  # fmt: skip
 
 
 class Memory:

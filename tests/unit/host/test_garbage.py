@@ -1,0 +1,95 @@
+"""The collector is left alone while kernels are compiled, and is as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from numballama.host import garbage
+from numballama.host.garbage import AT_ONCE, seldom_collected
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    """Python's own threshold, whatever the tests have."""
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*before)
+
+
+def collections_of(count: int) -> int:
+    """How often the collector looks at objects while so many are made."""
+    found: list[str] = []
+    gc.callbacks.append(note := lambda phase, _: found.append(phase))
+    kept = [[] for _ in range(count)]  # type: ignore[var-annotated]
+    gc.callbacks.remove(note)
+    assert len(kept) == count
+    return found.count("start")
+
+
+def test_few_collections_inside() -> None:
+    assert collections_of(20_000) > 10
+    with seldom_collected():
+        assert collections_of(20_000) <= 1
+    assert gc.get_threshold() == (700, 10, 10) and collections_of(20_000) > 10
+
+
+def test_the_last_thread_brings_it_back() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with seldom_collected():
+            entered.set()
+            leave.wait()
+
+    def fail() -> None:
+        raise KeyError
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with pytest.raises(KeyError), seldom_collected():
+        fail()
+    assert gc.get_threshold() == (AT_ONCE, 10, 10)
+    leave.set()
+    thread.join()
+    assert gc.get_threshold() == (700, 10, 10)
+
+
+@pytest.mark.parametrize("threshold", [(0, 10, 10), (2 * AT_ONCE, 5, 5)])
+def test_a_rarer_collector_stays(threshold: tuple[int, int, int]) -> None:
+    gc.set_threshold(*threshold)
+    with seldom_collected():
+        assert gc.get_threshold() == threshold
+    assert gc.get_threshold() == threshold
+
+
+def test_what_others_set_meanwhile_stays() -> None:
+    with seldom_collected():
+        gc.set_threshold(900, 10, 10)
+    assert gc.get_threshold() == (900, 10, 10)
+
+
+def test_kernels_are_compiled_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba import types
+
+    from numballama.cpu import compiler
+
+    inside: list[int] = []
+    make = compiler._CFunc
+
+    def made(*arguments: Any, **options: Any) -> Any:
+        inside.append(garbage._inside)
+        return make(*arguments, **options)
+
+    def nothing(worker: int, n_workers: int, tokens: int, x: int) -> None:
+        """A kernel that does nothing."""
+
+    monkeypatch.setattr(compiler, "_CFunc", made)
+    compiler.compile_step(nothing, [types.int64])
+    assert inside == [1] and garbage._inside == 0
