@@ -22,9 +22,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import TYPE_TRAITS, VEC_DOT_TYPE
-from .intrinsics import INT16, INT32, INT64, element, half_to_float, prefetch
+from .intrinsics import INT32, INT64, element, prefetch
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, five_bits, locator, six_bit_factors
+from .vecdot import INT8, TYPE_NAMES, Block, f16_of_each, five_bits, locator, six_bit_factors
 
 ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
 """Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
@@ -187,13 +187,6 @@ class _Rows:
             found += [_shuffle(builder, ab, cd, first), _shuffle(builder, ab, cd, second)]
         return [builder.bitcast(each, vector_of(INT8, 4 * ROWS)) for each in found]
 
-    def halves(self, field: str) -> Any:
-        """A float16 field of each row, as a vector of float32."""
-        builder, bits = self.blocks[0].builder, ir.Constant(vector_of(INT16, ROWS), ir.Undefined)
-        for i, block in enumerate(self.blocks):
-            bits = builder.insert_element(bits, block.load(field, INT16), integer(i, INT32))
-        return half_to_float(builder, bits)
-
     def bits(self, word: Any, shift: int, mask: int) -> Any:
         return self.blocks[0].bits(word, shift, mask)
 
@@ -259,7 +252,7 @@ def _factors(name: str, rows: _Rows) -> list[list[Any]]:
     """[scale of each scale group of the block, minimum of each or none]; a vector has those of all rows."""
     builder = rows.blocks[0].builder
     if TYPE_TRAITS[name].block_size == UNPACK_ELEMENTS:
-        return [[rows.halves("d")], [rows.halves("m")] if TYPE_TRAITS[name].has_min else []]
+        return [[f16_of_each(rows.blocks, "d")], [f16_of_each(rows.blocks, "m")] if TYPE_TRAITS[name].has_min else []]
     if TYPE_TRAITS[name].has_min:
         scales, minimums = zip(*map(six_bit_factors, rows.blocks), strict=True)
         return [transpose(builder, list(each)) for each in (scales, minimums)]

@@ -3,9 +3,9 @@
 `vpdpbusd` (AVX512-VNNI, AVX-VNNI) adds four products to each 32-bit lane. AVX2 has `vpmaddubsw`, which adds two
 products in 16 bits and cuts sums beyond them off. Products of 4-bit quants are so small that the sums of a whole group
 of 32 fit in 16 bits, so one instruction widens them at the end of a group. They fit with a zero point subtracted, too,
-half of it in each of the two sums of a lane; what is cut off before the end comes back. Two products of 8-bit quants
-may not fit. There the weight's sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs
-multiply in 16 bits.
+half of it in each of the two sums of a lane; a sum that wraps around on the way is right at the end. Two products of
+8-bit quants may not fit. There the weight's sign goes to the activation, and two products of at most 128 · 127 fit.
+Other CPUs multiply in 16 bits.
 
 Sums of K-quants' groups, packed into 16 bits, are multiplied by the groups' integer scales: two products go to each
 32-bit lane, by `vpdpwssd`, or by `vpmaddwd` and an addition.

@@ -122,6 +122,14 @@ class Block:
         return self.times(scale, elements) if minimum is None else self.plus(self.times(scale, elements), minimum)
 
 
+def f16_of_each(blocks: list[Block], field: str) -> Any:
+    """A float16 field of each block, as a vector of float32."""
+    builder, bits = blocks[0].builder, ir.Constant(_vector(INT16, len(blocks)), ir.Undefined)
+    for i, block in enumerate(blocks):
+        bits = builder.insert_element(bits, block.load(field, INT16), _int(INT32, i))
+    return half_to_float(builder, bits)
+
+
 # Decoders: each yields (index of the first, LANES elements as float32) until it has given the whole block.
 # In a loop that it emits, the index is an LLVM value.
 
@@ -259,21 +267,18 @@ def for_rounds(
     blocks: Any,
     locators: list[Any],
     body: Callable[[Any, list[list[Block]]], None],
-    later: Callable[[Any], Any] | None = None,
 ) -> None:
     """Emit a loop of body(index of the first, blocks of each row) over `blocks` blocks of each of some rows.
 
     A locator gives the address of a row's block from its index. A round has `blocks_of_a_round` of each row; the blocks
-    that are left at the end have a round each. Prefetched is what a later round reads: at address later(index), or in
-    the same row, or if there are several, in the rows that follow them. It is prefetched in the order of memory.
+    that are left at the end have a round each. Prefetched is what a later round reads: in the same row, or if there are
+    several, in the rows that follow them. It is prefetched in the order of memory.
     """
     together, rows = blocks_of_a_round(name), len(locators)
     whole = builder.mul(builder.udiv(blocks, _int(INT64, together)), _int(INT64, together))
     for begin, end, step in ((_int(INT64, 0), whole, together), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
-            if later is not None:
-                ahead = later(index)
-            elif rows > 1:
+            if rows > 1:
                 ahead = locators[0](builder.mul(builder.add(blocks, index), _int(INT64, rows)))
             else:
                 ahead = builder.gep(locators[0](index), [_int(INT64, PREFETCH_BYTES)])
@@ -285,21 +290,14 @@ def for_rounds(
             break
 
 
-def for_blocks(
-    builder: Any,
-    name: str,
-    blocks: Any,
-    locate: Any,
-    body: Callable[[Any, Block], None],
-    later: Callable[[Any], Any] | None = None,
-) -> None:
+def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
     """Emit a loop of body(index, block) over `blocks` blocks at addresses locate(index), as `for_rounds` does."""
 
     def each(index: Any, found: list[list[Block]]) -> None:
         for offset, block in enumerate(found[0]):
             body(builder.add(index, _int(INT64, offset)), block)
 
-    for_rounds(builder, name, blocks, [locate], each, later)
+    for_rounds(builder, name, blocks, [locate], each)
 
 
 def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:

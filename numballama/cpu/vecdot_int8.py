@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from ..quantization.types import TYPE_TRAITS, VEC_DOT_TYPE
 from .activations_int8 import Activations
-from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float, prefetch
+from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, prefetch
 from .panel_bytes import (
     DECODERS,
     SCALE_GROUPS,
@@ -48,7 +48,7 @@ from .products_int8 import (
     zero_point,
 )
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator, six_bit_integers
+from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, f16_of_each, for_rounds, locator, six_bit_integers
 
 CACHE_LINE = 64
 
@@ -76,14 +76,6 @@ class _Products:
 
     parts: list[tuple[Any, tuple[int, int]]]
     groups: tuple[int, int]
-
-
-def _halves(blocks: list[Block], field: str) -> Any:
-    """A float16 field of each block, as a vector of float32."""
-    builder, bits = blocks[0].builder, ir.Constant(vector_of(INT16, len(blocks)), ir.Undefined)
-    for i, block in enumerate(blocks):
-        bits = builder.insert_element(bits, block.load(field, INT16), integer(i, INT32))
-    return half_to_float(builder, bits)
 
 
 def _joined(builder: Any, numbers: list[Any]) -> Any:
@@ -122,7 +114,7 @@ def _factors_of_round(name: str, blocks: list[Block], chunks: list[Chunk]) -> tu
     """(scale of each scale group, minimum of each or None) of some blocks."""
     builder, has_min = blocks[0].builder, TYPE_TRAITS[name].has_min
     if TYPE_TRAITS[name].block_size == UNPACK_ELEMENTS:  # a field of each block: converted together
-        return _halves(blocks, "d"), _halves(blocks, "m") if has_min else None
+        return f16_of_each(blocks, "d"), f16_of_each(blocks, "m") if has_min else None
     scales = _joined(builder, [scale for chunk in chunks for scale in chunk.scales])
     return scales, _joined(builder, [chunk.minimum for chunk in chunks]) if has_min else None
 

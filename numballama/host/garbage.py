@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -37,6 +38,24 @@ def seldom_collected() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside and gc.get_threshold() == _ours:
-                gc.set_threshold(*_before)
+            _inside = max(_inside - 1, 0)  # a forked child has begun to count again
+            if not _inside:
+                _give_back()
+
+
+def _give_back() -> None:
+    if gc.get_threshold() == _ours:
+        gc.set_threshold(*_before)
+
+
+def _forked() -> None:
+    """In a forked child the threads do not exist that held the lock, or were in such a block."""
+    global _lock, _inside
+    _lock = threading.Lock()
+    if _inside:
+        _inside = 0
+        _give_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -27,6 +27,7 @@ from numballama.checkpoint import Weight
 from numballama.cli import main as cli
 from numballama.config import ModelConfig
 from numballama.cpu.intrinsics import cpu_features
+from numballama.cpu.tiling import BYTES_COLUMNS, PANEL_ROWS
 from numballama.errors import Error, UnsupportedError
 from numballama.export import WRITERS
 from numballama.fusion import FUSIONS, fuse
@@ -36,7 +37,7 @@ from numballama.quantization.activations import quantize_activations
 from numballama.quantization.convert import convert, dequantize
 from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, WeightType
 from numballama.reference import ReferenceBackend
-from tests.helpers.bounds import compiled, cpu_backend, poison
+from tests.helpers.bounds import check_step, compiled, cpu_backend, poison, run_workers
 from tests.helpers.gguf_files import random_blocks
 from tests.helpers.random_models import random_checkpoint
 from tests.models.test_model_values import run_checked
@@ -99,6 +100,25 @@ def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: s
         assert (np.abs(x[:tokens] @ numbers.T - want) > 1e-5 * size_of).any(), "rounding would not have been noticed"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VEC_DOT_TYPE)
+def test_rows_longer_than_a_panel(name: str) -> None:
+    """Sums go on from one panel of columns to the next, also where a panel has fewer rows, whatever the tokens."""
+    rows, columns, most = 2 * PANEL_ROWS + 3, 2 * BYTES_COLUMNS + 256, 9
+    rng = np.random.default_rng(0)
+    weights = {"w": random_blocks(name, rows, columns // BLOCKS[name][0], rng)}
+    net = Graph("case")
+    rounded = net.add(f"quantize_{VEC_DOT_TYPE[name]}", net.input("x", (most, columns), "f32"), out=("q", "s", "sums"))
+    net.add("linear", *rounded, net.weight("w", (rows, columns), name), out="y")
+    net.outputs = ["y"]
+    program, reference = compiled(cpu_backend(weights, workers=2), net), ReferenceBackend(weights)
+    for tokens in (3, 4, most):
+        poison(program)
+        program.inputs["x"][:] = rng.standard_normal((most, columns), np.float32)
+        run_workers(program, tokens, 0, (0, 1))
+        check_step(program, 1, tokens, reference, lambda tokens=tokens: run_workers(program, tokens, 1, (1, 0)))
+
+
 def test_groups_with_no_answer() -> None:
     """NaN and infinity are carried by the scale; zeros and what is too small are zeros; what float16 lacks stays."""
     x = np.ones((6, 256), np.float32)
@@ -125,7 +145,7 @@ def test_groups_with_no_answer() -> None:
 
 CONFIG = ModelConfig(256, 512, 2, 4, 2, 50, 24, tied_embeddings=False)
 NARROW = ModelConfig(96, 160, 2, 4, 2, 50, 24, tied_embeddings=True)
-"""Rows whose lengths are not multiples of a panel's stage."""
+"""Rows that are shorter than a panel, and no multiples of the largest blocks."""
 
 
 def blocks_model(config: ModelConfig, kinds: list[str], seed: int) -> dict[str, Weight]:

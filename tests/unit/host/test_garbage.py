@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -58,6 +60,37 @@ def test_the_last_thread_brings_it_back() -> None:
     assert gc.get_threshold() == (AT_ONCE, 10, 10)
     leave.set()
     thread.join()
+    assert gc.get_threshold() == (700, 10, 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_has_it_back() -> None:
+    """One forked while another thread compiles, which the child does not have; and one that ends a block itself."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with seldom_collected():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with seldom_collected():
+        child = os.fork()
+        found = [gc.get_threshold()]
+    if child == 0:
+        try:
+            signal.alarm(20)
+            with seldom_collected():
+                found.append(gc.get_threshold())
+            found.append(gc.get_threshold())
+            os._exit(0 if found == [(700, 10, 10), (AT_ONCE, 10, 10), (700, 10, 10)] else 1)
+        finally:
+            os._exit(99)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gc.get_threshold() == (700, 10, 10)
 
 
