@@ -49,9 +49,10 @@ class Parcel:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.tokens: list[int] = []
-        """Text and token in turns, of tokens that are nothing else."""
+        """Text and token in turns, of tokens that are nothing else. They are read before `events`."""
         self.begun: list[Any] = []
         self.events: list[Any] = []
+        """Last tokens, and all those of a request for log probabilities, of which a grammar forces none."""
         self.errors: list[Any] = []
 
     def add(self, remote: Remote, state: RequestState) -> None:
