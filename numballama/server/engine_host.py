@@ -104,8 +104,9 @@ class EngineHost:
         self._remotes: dict[str, Remote] = {}
         self._parcels: dict[Link, Parcel] = {}
         self._lock = threading.Lock()  # of `_hand_over` and of what it reads
-        self._logits_lock = threading.Lock()  # one request at a time has the logits of its whole prompt
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "numballama server, slow")
+        self._logits = ThreadPoolExecutor(1, "numballama server, logits")
+        """One request at a time has the logits of its whole prompt. Grammars do not wait for it."""
 
     # For the loader
 
@@ -164,14 +165,14 @@ class EngineHost:
         """End the engine's thread. The model stays open."""
         self.draining = True
         self._leave()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._logits):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _tell(self, news: Head) -> None:
-        with self._lock:
+        with self._lock:  # a process that starts meanwhile hears it last
             self._news = news
-            links = list(self._parcels)
-        for link in links:
-            link.send(pack(news))
+            for link in self._parcels:
+                link.send(pack(news))
 
     # For a link
 
@@ -179,8 +180,7 @@ class EngineHost:
         """Answer the messages of a process for HTTP until it ends. Then its requests do, too."""
         with self._lock:
             parcel = self._parcels[link] = Parcel(link)
-            news = self._news
-        link.send(pack(news))
+            link.send(pack(self._news))
         try:
             while not link.closed:
                 for head, tail in link.receive():
@@ -189,12 +189,12 @@ class EngineHost:
                     except Exception as error:
                         self._refuse(link, head, error)
         finally:
+            link.release()
             with self._lock:
                 del self._parcels[link]
-                left = [each for each in self._remotes.values() if each.parcel is parcel]
-            for remote in left:
-                self._cancel(remote)
-            link.release()
+            for remote in tuple(self._remotes.values()):  # others add to them meanwhile
+                if remote.parcel is parcel:
+                    self._cancel(remote)
 
     def _answer(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
         what, link = head["do"], parcel.link
@@ -214,7 +214,7 @@ class EngineHost:
             found = None if stats is None else {name: getattr(stats, name) for name in NO_FIGURES}
             link.send(pack({"answer": head["ask"], "stats": found, "trouble": self._trouble()}))
         elif what == "logprobs":
-            self._pool.submit(self._in_pool, self._logprobs, parcel, head, tail)
+            self._logits.submit(self._in_pool, self._logprobs, parcel, head, tail)
         elif what == "check":
             self._pool.submit(self._in_pool, self._check, parcel, head, tail)
         else:
@@ -273,8 +273,9 @@ class EngineHost:
             remote.request.cancel()
 
     def _logprobs(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
-        with self._logits_lock:
-            found = self._loaded().prompt_logprobs(list(tail), head["top"])
+        if parcel.link.closed:
+            return
+        found = self._loaded().prompt_logprobs(list(tail), head["top"])
         parcel.link.send(pack({"answer": head["ask"], "logprobs": [logprobs_as_json(each) for each in found]}))
 
     def _check(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +15,12 @@ import numballama
 from numballama.errors import DeviceError, Error
 from numballama.model import Model
 from numballama.sampling import SamplingParams
-from numballama.server.engine_host import EngineHost
+from numballama.server.engine_host import EngineHost, Parcel, Remote
+from numballama.server.link import Link, pack
 from numballama.server.remote import params_as_json, params_of
+from numballama.server.service import LOADING
 from numballama.server.settings import Settings
-from tests.helpers.http_server import eventually, serving_linked
+from tests.helpers.http_server import LONG, eventually, serving_linked
 
 BODY: dict[str, Any] = {"prompt": "Once", "max_tokens": 3, "temperature": 0}
 
@@ -69,6 +75,104 @@ def test_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             assert answer.status == 503 and answer.error["code"] == "engine_failed"
             assert answer.error["message"] == "it burns"
         assert "it burns" in server.get("/health").error["message"]
+
+
+@pytest.fixture
+def host() -> Iterator[EngineHost]:
+    host = EngineHost(Settings(), lambda: None, lambda link, head: None)
+    yield host
+    host.close()
+
+
+@contextlib.contextmanager
+def served(host: EngineHost, kind: type[Link] = Link) -> Iterator[Link]:
+    """The far end of a link that a host serves."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        thread = threading.Thread(target=host.serve, args=(kind(ours, "http"),))
+        thread.start()
+        far = Link(theirs, "far")
+        try:
+            yield far
+        finally:
+            far.close()
+            thread.join(LONG)
+    assert not thread.is_alive()
+
+
+def test_grammars_do_not_wait_for_the_logits_of_prompts(host: EngineHost) -> None:
+    """Of which one request at a time has some, whichever process it is from."""
+    let, here, most = threading.Event(), [0], [0]
+
+    class Slow:
+        def prompt_logprobs(self, ids: list[int], top: int) -> list[None]:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+            assert let.wait(LONG)
+            here[0] -= 1
+            return [None for _ in ids]
+
+        def check_constraint(self, settings: SamplingParams) -> None:
+            pass
+
+    host._model = Slow()  # type: ignore[assignment]
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(served(host)) for _ in range(3)]
+        for link in links:
+            assert link.receive_one() is not None
+            link.send(pack({"do": "logprobs", "top": 0, "ask": 1}, [1, 2]))
+        links[0].send(pack({"do": "check", "params": "{}", "ask": 2}))
+        links[0].socket.settimeout(LONG)
+        try:
+            assert links[0].receive_one() == {"answer": 2}
+        finally:
+            let.set()
+        assert [link.receive_one() for link in links] == [{"answer": 1, "logprobs": [None, None]}] * 3
+    assert most == [1]
+    host._model = None
+
+
+def test_requests_of_a_process_that_ends_while_others_submit(host: EngineHost) -> None:
+    """All are cancelled, though more come meanwhile."""
+    others = Parcel(Link(socket.socket(), "other"))
+
+    class Watched(Remote):
+        @property
+        def parcel(self) -> Parcel:
+            host._remotes[f"more {len(host._remotes)}"] = Remote(others, 0)
+            return self._parcel
+
+        @parcel.setter
+        def parcel(self, parcel: Parcel) -> None:
+            self._parcel = parcel
+
+    with served(host) as far:
+        assert far.receive_one() is not None
+        (parcel,) = host._parcels.values()
+        remotes = [Watched(parcel, number) for number in range(3)]
+        host._remotes.update({str(each.number): each for each in remotes})
+    assert all(each.cancelled for each in remotes)
+    assert not any(each.cancelled for each in host._remotes.values() if type(each) is Remote)
+    others.link.socket.close()
+
+
+def test_a_process_that_starts_hears_the_latest_of_the_model_last(host: EngineHost) -> None:
+    told: list[threading.Thread] = []
+
+    class Slow(Link):
+        def send(self, message: bytes) -> None:
+            if not told:  # what was true when the process came; the model is loaded just now
+                told.append(threading.Thread(target=host._tell, args=({"ready": {}},)))
+                told[0].start()
+                told[0].join(0.3)
+            super().send(message)
+
+    with served(host, Slow) as far:
+        heard: list[Any] = []
+        while len(heard) < 2:
+            heard += [head for head, _ in far.receive()]
+        told[0].join(LONG)
+    assert heard == [{"unload": LOADING}, {"ready": {}}]
 
 
 def test_a_template_of_the_operator_is_checked(model: Model) -> None:
