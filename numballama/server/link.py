@@ -51,6 +51,7 @@ class Link:
             end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         self._lock = threading.Lock()
         self._kept = bytearray()  # what a thread sends, while there is something
+        self._sender: threading.Thread | None = None  # that thread, the latest
         self._read = bytearray()
         self.closed = False
         """Whether the other end is gone."""
@@ -70,7 +71,8 @@ class Link:
             if self.closed or sent == len(message):
                 return
             self._kept += message[sent:]
-        threading.Thread(target=self._send_kept, name="numballama link", daemon=True).start()
+            self._sender = threading.Thread(target=self._send_kept, name="numballama link", daemon=True)
+            self._sender.start()
 
     def _send_kept(self) -> None:
         while True:
@@ -130,6 +132,8 @@ class Link:
     def release(self) -> None:
         """Close the socket, when nobody reads from it."""
         self.close()
+        if self._sender is not None:
+            self._sender.join()  # it could send to another socket, which gets the same number
         with self._lock:
             self.socket.close()
 
