@@ -87,17 +87,14 @@ class Parcel:
 
 
 class EngineHost:
-    """The engine for requests of other processes. `ModelLoader` gives it the model, `serve` calls it for each link.
+    """The engine for requests of other processes. `ModelLoader` gives it the model, a thread calls `serve` for a link.
 
-    `trouble` says why the server is not well, though the engine is. `other` is called with messages that are not for
-    the engine.
+    `other` is called with messages that are not for the engine.
     """
 
-    def __init__(
-        self, settings: Settings, trouble: Callable[[], str | None], other: Callable[[Link, Head], None]
-    ) -> None:
+    def __init__(self, settings: Settings, other: Callable[[Link, Head], None]) -> None:
         self.draining = False
-        self._settings, self._trouble, self._other = settings, trouble, other
+        self._settings, self._other = settings, other
         self._model: Model | None = None
         self._engine: TextEngine | None = None
         self._news: Head = {"unload": LOADING}  # what a process that starts has to know
@@ -212,7 +209,7 @@ class EngineHost:
         elif what == "stats":
             stats = self.stats
             found = None if stats is None else {name: getattr(stats, name) for name in NO_FIGURES}
-            link.send(pack({"answer": head["ask"], "stats": found, "trouble": self._trouble()}))
+            link.send(pack({"answer": head["ask"], "stats": found}))
         elif what == "logprobs":
             self._logits.submit(self._in_pool, self._logprobs, parcel, head, tail)
         elif what == "check":

@@ -103,6 +103,8 @@ class HttpServer(Server):
         elif "figures" in head:
             counted = self._service.metrics.counted().decode()
             self._link.send(pack({"do": "counted", "of": head["figures"], "text": counted}))
+        elif "alive" in head:
+            self._link.send(pack({"do": "alive"}))
         elif "drain" in head:
             self.drain()
         elif "exit" in head:

@@ -27,7 +27,7 @@ from ..host.child import can_start_python, python_environment
 from .engine_host import EngineHost
 from .link import Head, Link, SharedCounts, pack
 from .loader import ModelLoader
-from .metrics import Summed
+from .metrics import Summed, process_figures
 from .run import (
     CANCELLED_WITHIN_S,
     LOADED_WITHIN_S,
@@ -53,6 +53,10 @@ MOST_STARTS = 3
 """Starts in a row of a process that ends before it answers requests, after which the server ends."""
 COUNTED_WITHIN_S = 2.0
 """Seconds in which a process says what it has counted. Then what it said before counts."""
+MOST_SILENT_LOOKS = 300
+"""Looks after which a process that has given no sign of life is killed. While this one is stopped, it does not look."""
+ASKED_EVERY = 10
+"""Looks between two questions for a sign of life."""
 ENDED_WITHIN_S = 3.0
 """Seconds that a process may take to end besides the time for requests. Then it is killed."""
 
@@ -72,6 +76,8 @@ class HttpProcess:
     """Whether it takes connections."""
     is_ready: bool = False
     """Whether it answers requests."""
+    silent_looks: int = 0
+    """Looks since its latest sign of life."""
     starts: int = 1
     """Starts since one has become ready."""
     counted: str = ""
@@ -95,10 +101,10 @@ class HttpProcesses:
 
     def __init__(self, count: int, first: Head, settings: Settings, listener: socket.socket) -> None:
         self._first, self._settings, self._listener = first, settings, listener
-        self.host = EngineHost(settings, self.trouble, self._other_message)
+        self.host = EngineHost(settings, self._other_message)
         self._lock = threading.Lock()  # of what links and the main thread change
         self._gatherings: list[Gathering] = []
-        self._next = 0
+        self._next = self._looks = self._restarts = 0
         self._signals = 0
         self._drains = False
         self._deadline: float | None = None
@@ -135,11 +141,6 @@ class HttpProcesses:
     def all_ready(self) -> bool:
         """Whether each process answers requests."""
         return all(each.is_ready for each in self._processes)
-
-    def trouble(self) -> str | None:
-        """Why the server as a whole is not well."""
-        missing = sum(not each.is_ready for each in self._processes)
-        return f"{missing} of {len(self._processes)} processes for HTTP are being started" if missing else None
 
     def drain(self) -> None:
         """Let running requests end, and then all processes."""
@@ -188,12 +189,12 @@ class HttpProcesses:
             time.sleep(0.001)
             return
         with connection:
-            for _ in self._processes:
-                self._next = (self._next + 1) % len(self._processes)
-                each = self._processes[self._next]
+            turn = self._processes[self._next :] + self._processes[: self._next]
+            for each in sorted(turn, key=lambda each: not each.is_ready):  # others say 503
                 if each.is_up and each.process.poll() is None:
                     with contextlib.suppress(OSError):  # it has ended, or is slow
                         socket.send_fds(each.door, [b"+"], [connection.fileno()])
+                        self._next = (each.index + 1) % len(turn)
                         return
 
     def _begin_to_drain(self) -> None:
@@ -205,6 +206,7 @@ class HttpProcesses:
     def _look(self) -> None:
         """Start processes again that have ended, and end those that should have."""
         now = time.monotonic()
+        self._looks += 1
         if self._signals > 1:
             self._signals = 1
             self._deadline = now + CANCELLED_WITHIN_S + ENDED_WITHIN_S
@@ -215,10 +217,21 @@ class HttpProcesses:
                 each.process.kill()
             elif self._deadline is None and (each.process.poll() is not None or each.link.closed):
                 self._start_again(each)
+            elif self._deadline is None and each.is_up:
+                self._ask_for_life(each)
         with self._lock:
             for gathering in [each for each in self._gatherings if now >= each.until]:
                 gathering.waits_for.clear()
                 self._finish(gathering)
+
+    def _ask_for_life(self, each: HttpProcess) -> None:
+        """Kill a process that hangs: another one is then started."""
+        if self._looks % ASKED_EVERY == 0:
+            each.link.send(pack({"alive": True}))
+        each.silent_looks += 1
+        if each.silent_looks == MOST_SILENT_LOOKS:
+            log.error("a process for HTTP hangs: it is killed")
+            each.process.kill()
 
     def _end(self, each: HttpProcess) -> int:
         """End a process at once. Returns its exit code."""
@@ -248,6 +261,7 @@ class HttpProcesses:
         new = self._start(each.index, len(self._processes))
         new.starts = 1 if each.is_ready else each.starts + 1
         with self._lock:
+            self._restarts += 1
             new.before = Summed([each.before, each.counted]).text().decode()
             self._processes[each.index] = new
             for gathering in tuple(self._gatherings):
@@ -265,6 +279,8 @@ class HttpProcesses:
                 each.is_up = True
             elif head["do"] == "ready":
                 each.is_ready, each.starts = True, 1
+            elif head["do"] == "alive":
+                each.silent_looks = 0
             elif head["do"] == "figures":
                 up = [one for one in self._processes if one.is_up and not one.link.closed]
                 gathering = Gathering(link, head["ask"], {one.index for one in up})
@@ -282,6 +298,7 @@ class HttpProcesses:
         if not gathering.waits_for:
             self._gatherings.remove(gathering)
             texts = [text for each in self._processes for text in (each.before, each.counted) if text]
+            texts.append(process_figures(sum(each.is_ready for each in self._processes), self._restarts))
             gathering.link.send(pack({"answer": gathering.ask, "texts": texts}))
 
 

@@ -90,8 +90,6 @@ class RemoteEngine:
         """Of the model that the engine has now."""
         self.failure: BaseException | None = None
         """Why the engine refuses all requests."""
-        self.trouble: str | None = None
-        """Why the server as a whole is not well, though the engine may be."""
 
     # For a service
 
@@ -100,10 +98,8 @@ class RemoteEngine:
         return dataclasses.replace(self._stats, failure=self.failure)
 
     async def refresh(self) -> None:
-        """Ask for `stats` and `trouble`. Raises `ApiError` 503 when the engine's process does not answer."""
-        found = await self._answer({"do": "stats"})
-        self.trouble = found["trouble"]
-        if (stats := found["stats"]) is not None:
+        """Ask for `stats`. Raises `ApiError` 503 when the engine's process does not answer."""
+        if (stats := (await self._answer({"do": "stats"}))["stats"]) is not None:
             self._stats = EngineStats(**stats)
 
     async def figures(self) -> list[str]:

@@ -193,7 +193,7 @@ def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[L
         elif head["do"] == "counted":
             link.send(pack({"answer": head["of"], "texts": [head["text"]]}))
 
-    host, link = EngineHost(settings, lambda: None, other), Link(ours, "linked")
+    host, link = EngineHost(settings, other), Link(ours, "linked")
     before = model.token_engine.hand_over  # another host's, whose server does nothing meanwhile
     app = create_app(None, settings)
     server = HttpServer(app, settings, Address(port=0), Link(theirs, "linked"), far)
