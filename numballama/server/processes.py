@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import os
 import select
 import signal
@@ -87,9 +88,10 @@ class HttpProcess:
 
 
 @dataclass
-class Gathering:
-    """A question for what all processes have counted."""
+class Scrape:
+    """A question of one process for what all have counted."""
 
+    number: int
     link: Link
     ask: int
     waits_for: set[int]
@@ -103,7 +105,8 @@ class HttpProcesses:
         self._first, self._settings, self._listener = first, settings, listener
         self.host = EngineHost(settings, self._other_message)
         self._lock = threading.Lock()  # of what links and the main thread change
-        self._gatherings: list[Gathering] = []
+        self._scrapes: dict[int, Scrape] = {}  # by their numbers, those that wait for processes
+        self._numbers = itertools.count()
         self._next = self._looks = self._restarts = 0
         self._signals = 0
         self._drains = False
@@ -220,9 +223,9 @@ class HttpProcesses:
             elif self._deadline is None and each.is_up:
                 self._ask_for_life(each)
         with self._lock:
-            for gathering in [each for each in self._gatherings if now >= each.until]:
-                gathering.waits_for.clear()
-                self._finish(gathering)
+            for scrape in [each for each in self._scrapes.values() if now >= each.until]:
+                scrape.waits_for.clear()
+                self._finish(scrape)
 
     def _ask_for_life(self, each: HttpProcess) -> None:
         """Kill a process that hangs: another one is then started."""
@@ -264,9 +267,9 @@ class HttpProcesses:
             self._restarts += 1
             new.before = Summed([each.before, each.counted]).text().decode()
             self._processes[each.index] = new
-            for gathering in tuple(self._gatherings):
-                gathering.waits_for.discard(each.index)
-                self._finish(gathering)
+            for scrape in tuple(self._scrapes.values()):
+                scrape.waits_for.discard(each.index)
+                self._finish(scrape)
         self._listen(new)
 
     def _other_message(self, link: Link, head: Head) -> None:
@@ -283,23 +286,23 @@ class HttpProcesses:
                 each.silent_looks = 0
             elif head["do"] == "figures":
                 up = [one for one in self._processes if one.is_up and not one.link.closed]
-                gathering = Gathering(link, head["ask"], {one.index for one in up})
-                self._gatherings.append(gathering)
+                number = next(self._numbers)
+                self._scrapes[number] = Scrape(number, link, head["ask"], {one.index for one in up})
                 for one in up:
-                    one.link.send(pack({"figures": head["ask"]}))
+                    one.link.send(pack({"figures": number}))
             elif head["do"] == "counted":
                 each.counted = head["text"]
-                for gathering in tuple(self._gatherings):
-                    gathering.waits_for.discard(each.index)
-                    self._finish(gathering)
+                if (scrape := self._scrapes.get(head["of"])) is not None:
+                    scrape.waits_for.discard(each.index)
+                    self._finish(scrape)
 
-    def _finish(self, gathering: Gathering) -> None:
-        """Answer, if all have said what they counted."""
-        if not gathering.waits_for:
-            self._gatherings.remove(gathering)
+    def _finish(self, scrape: Scrape) -> None:
+        """Answer, if all have said what they counted. The lock is held."""
+        if not scrape.waits_for:
+            del self._scrapes[scrape.number]
             texts = [text for each in self._processes for text in (each.before, each.counted) if text]
             texts.append(process_figures(sum(each.is_ready for each in self._processes), self._restarts))
-            gathering.link.send(pack({"answer": gathering.ask, "texts": texts}))
+            scrape.link.send(pack({"answer": scrape.ask, "texts": texts}))
 
 
 def _shared_memory(size: int) -> int:
