@@ -249,7 +249,7 @@ class EngineHost:
         try:
             constraint = model.constraint(params, ends) if params.is_constrained else None
             if parcel.link.closed or remote.cancelled:
-                raise Error("the client has left")
+                raise DeviceError(self._news.get("unload", "the client has left"))
             how: Head = {each: head[each] for each in ("priority", "salt", "reuse_prefix") if each in head}
             if head["stops"] and params.n > 1:
                 how["process"] = remote.process
@@ -296,7 +296,7 @@ class EngineHost:
                 parcels[remote.parcel] = None
                 if state.done:
                     failed = failed or state.error is not None
-                    del self._remotes[state.id]
+                    self._remotes.pop(state.id, None)  # `unload` may have let it go
             failure = self.failure if failed else None
             for parcel in parcels:
                 parcel.send(failure)

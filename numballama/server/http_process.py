@@ -24,7 +24,7 @@ from .app import create_app
 from .link import Head, Link, SharedCounts, pack
 from .remote import ENGINE_GONE, Facts, RemoteEngine, RemoteModel
 from .run import Address, Server, prepare_log, rare_collections, server_config
-from .service import Service, log
+from .service import DRAINING, Service, log
 from .settings import Settings
 
 ERRORS_WITHIN_S = 2.0
@@ -58,6 +58,13 @@ class HttpServer(Server):
         self._loop.add_reader(self._door, self._take_connections)
         self._link.send(pack({"do": "up"}))
         self._read()  # what came with the first message
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's. Threads that wait for an answer end: nobody reads it any more."""
+        await super().shutdown(sockets)
+        self._loop.remove_reader(self._link.socket)
+        self._link.close()
+        self._engine.fail(DeviceError(DRAINING))
 
     def _start(self, work: Any) -> None:
         task = self._loop.create_task(work)

@@ -17,7 +17,7 @@ from numballama.model import Model
 from numballama.sampling import SamplingParams
 from numballama.server.engine_host import EngineHost, Parcel, Remote
 from numballama.server.link import Link, pack
-from numballama.server.remote import params_as_json, params_of
+from numballama.server.remote import RemoteEngine, params_as_json, params_of
 from numballama.server.service import LOADING
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, eventually, serving_linked
@@ -75,6 +75,52 @@ def test_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             assert answer.status == 503 and answer.error["code"] == "engine_failed"
             assert answer.error["message"] == "it burns"
         assert "it burns" in server.get("/health").error["message"]
+
+
+def test_a_model_that_is_unloaded_while_a_grammar_is_compiled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, let = threading.Event(), threading.Event()
+
+    def constraint(*_: object) -> None:
+        asked.set()
+        assert let.wait(LONG)
+
+    monkeypatch.setattr(model, "constraint", constraint)
+    with serving_linked(model) as server:
+        held = server.begin("/v1/completions", BODY | {"regex": "a"})
+        assert asked.wait(LONG)
+        server.host.unload("the device is tired")
+        let.set()
+        data = held.recv(1 << 16)
+        assert data.startswith(b"HTTP/1.1 503 ") and b"the device is tired" in data
+        held.close()
+        assert not server.host._remotes
+
+
+def test_no_thread_waits_for_an_answer_when_the_process_ends(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python waits for its threads when it ends."""
+    asked, let, ended = threading.Event(), threading.Event(), threading.Event()
+    ask = RemoteEngine.ask
+
+    def watched(*arguments: Any) -> Any:
+        try:
+            return ask(*arguments)
+        finally:
+            ended.set()
+
+    def check(*_: object) -> None:
+        asked.set()
+        assert let.wait(LONG)
+
+    monkeypatch.setattr(RemoteEngine, "ask", watched)
+    monkeypatch.setattr(model, "check_constraint", check)
+    try:
+        with serving_linked(model) as server:
+            held = server.begin("/v1/completions", BODY | {"max_tokens": 0, "regex": "a"})
+            assert asked.wait(LONG) and not ended.is_set()
+            held.close()
+        assert ended.wait(5)
+    finally:
+        let.set()
 
 
 @pytest.fixture
