@@ -69,7 +69,7 @@ class HttpProcess:
     index: int
     process: subprocess.Popen[bytes]
     link: Link
-    door: socket.socket
+    handoff: socket.socket
     """Where connections are handed over."""
     thread: threading.Thread | None = None
     """What answers its messages."""
@@ -121,8 +121,8 @@ class HttpProcesses:
 
     def _start(self, index: int, count: int) -> HttpProcess:
         ours, theirs = socket.socketpair()
-        door, far = socket.socketpair()
-        door.setblocking(False)  # Python up to 3.12 does not pass flags on
+        handoff, far = socket.socketpair()
+        handoff.setblocking(False)  # Python up to 3.12 does not pass flags on
         files = [theirs.fileno(), far.fileno(), self._memory]
         words = [*map(str, files), str(index), str(count)]
         with theirs, far:
@@ -132,7 +132,7 @@ class HttpProcesses:
             )  # fmt: skip
         link = Link(ours, f"http-{index}-{process.pid}")
         link.send(pack(self._first))
-        return HttpProcess(index, process, link, door)
+        return HttpProcess(index, process, link, handoff)
 
     def _listen(self, each: HttpProcess) -> None:
         """Answer its messages from now on."""
@@ -196,7 +196,7 @@ class HttpProcesses:
             for each in sorted(turn, key=lambda each: not each.is_ready):  # others say 503
                 if each.is_up and each.process.poll() is None:
                     with contextlib.suppress(OSError):  # it has ended, or is slow
-                        socket.send_fds(each.door, [b"+"], [connection.fileno()])
+                        socket.send_fds(each.handoff, [b"+"], [connection.fileno()])
                         self._next = (each.index + 1) % len(turn)
                         return
 
@@ -241,7 +241,7 @@ class HttpProcesses:
         each.process.kill()
         code = each.process.wait()
         each.link.close()
-        each.door.close()
+        each.handoff.close()
         if each.thread is not None:
             each.thread.join()
         return code

@@ -15,7 +15,7 @@ import numballama
 from numballama.errors import DeviceError, Error
 from numballama.model import Model
 from numballama.sampling import SamplingParams
-from numballama.server.engine_host import EngineHost, Parcel, Remote
+from numballama.server.engine_host import EngineHost, Outputs, RemoteRequest
 from numballama.server.link import Link, pack
 from numballama.server.remote import RemoteEngine, params_as_json, params_of
 from numballama.server.service import LOADING
@@ -180,25 +180,25 @@ def test_grammars_do_not_wait_for_the_logits_of_prompts(host: EngineHost) -> Non
 
 def test_requests_of_a_process_that_ends_while_others_submit(host: EngineHost) -> None:
     """All are cancelled, though more come meanwhile."""
-    others = Parcel(Link(socket.socket(), "other"))
+    others = Outputs(Link(socket.socket(), "other"))
 
-    class Watched(Remote):
+    class Watched(RemoteRequest):
         @property
-        def parcel(self) -> Parcel:
-            host._remotes[f"more {len(host._remotes)}"] = Remote(others, 0)
-            return self._parcel
+        def outputs(self) -> Outputs:
+            host._remotes[f"more {len(host._remotes)}"] = RemoteRequest(others, 0)
+            return self._outputs
 
-        @parcel.setter
-        def parcel(self, parcel: Parcel) -> None:
-            self._parcel = parcel
+        @outputs.setter
+        def outputs(self, outputs: Outputs) -> None:
+            self._outputs = outputs
 
     with served(host) as far:
         assert far.receive_one() is not None
-        (parcel,) = host._parcels.values()
-        remotes = [Watched(parcel, number) for number in range(3)]
+        (outputs,) = host._outputs.values()
+        remotes = [Watched(outputs, number) for number in range(3)]
         host._remotes.update({str(each.number): each for each in remotes})
     assert all(each.cancelled for each in remotes)
-    assert not any(each.cancelled for each in host._remotes.values() if type(each) is Remote)
+    assert not any(each.cancelled for each in host._remotes.values() if type(each) is RemoteRequest)
     others.link.socket.close()
 
 
