@@ -71,8 +71,13 @@ class Link:
             if self.closed or sent == len(message):
                 return
             self._kept += message[sent:]
-            self._sender = threading.Thread(target=self._send_kept, name="numballama link", daemon=True)
-            self._sender.start()
+            sender = threading.Thread(target=self._send_kept, name="numballama link", daemon=True)
+            try:
+                sender.start()
+                self._sender = sender
+            except RuntimeError:  # a limit of the system: the engine goes on for others
+                self._kept.clear()
+                self.closed = True
 
     def _send_kept(self) -> None:
         while True:

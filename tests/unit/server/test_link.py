@@ -65,6 +65,20 @@ def test_a_reader_that_is_gone(ends: tuple[Link, Link]) -> None:
     assert near.closed
 
 
+def test_no_thread_can_be_started(ends: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the link ends, and not the engine, whose thread sends."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    near, _ = ends
+    for _ in range(50):
+        near.send(pack({}, range(20_000)))
+    assert near.closed
+    near.release()
+
+
 def test_the_socket_is_closed_when_nobody_sends(ends: tuple[Link, Link]) -> None:
     """Its number may then be another one's."""
     near, _ = ends
