@@ -229,10 +229,10 @@ def test_a_template_of_the_operator_is_checked(model: Model) -> None:
 
 
 def test_the_other_process_does_not_answer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numballama.server.remote.ANSWERED_WITHIN_S", 0.05)
     with serving_linked(model) as server:
         assert server.get("/health").status == 200
         with monkeypatch.context() as patch:
+            patch.setattr("numballama.server.remote.ANSWERED_WITHIN_S", 0.05)
             patch.setattr(EngineHost, "stats", property(lambda host: time.sleep(0.5)))
             answer = server.get("/health")
         assert answer.status == 503 and "does not answer" in answer.error["message"]
