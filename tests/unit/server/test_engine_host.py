@@ -20,7 +20,7 @@ from numballama.server.link import Link, pack
 from numballama.server.remote import RemoteEngine, params_as_json, params_of
 from numballama.server.service import LOADING
 from numballama.server.settings import Settings
-from tests.helpers.http_server import LONG, eventually, serving_linked
+from tests.helpers.http_server import LONG, eventually, read_until, serving_linked
 
 BODY: dict[str, Any] = {"prompt": "Once", "max_tokens": 3, "temperature": 0}
 
@@ -50,8 +50,7 @@ def test_a_model_that_is_loaded_again(model: Model) -> None:
         answer = server.post("/v1/completions", BODY)
         assert answer.status == 503 and answer.error["message"] == "the device is tired"
         assert server.get("/health").error["message"] == "the device is tired"
-        data = held.recv(1 << 16)
-        assert data.startswith(b"HTTP/1.1 503 ") and b"the device is tired" in data
+        assert read_until(held, b"the device is tired").startswith(b"HTTP/1.1 503 ")
         held.close()
         server.host.ready(model)
         server.host.reloaded()
@@ -90,8 +89,7 @@ def test_a_model_that_is_unloaded_while_a_grammar_is_compiled(model: Model, monk
         assert asked.wait(LONG)
         server.host.unload("the device is tired")
         let.set()
-        data = held.recv(1 << 16)
-        assert data.startswith(b"HTTP/1.1 503 ") and b"the device is tired" in data
+        assert read_until(held, b"the device is tired").startswith(b"HTTP/1.1 503 ")
         held.close()
         assert not server.host._remotes
 

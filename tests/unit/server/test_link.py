@@ -73,7 +73,7 @@ def test_no_thread_can_be_started(ends: tuple[Link, Link], monkeypatch: pytest.M
 
     monkeypatch.setattr(threading.Thread, "start", start)
     near, _ = ends
-    for _ in range(50):
+    for _ in range(400):  # 64 MB: more than sockets hold
         near.send(pack({}, range(20_000)))
     assert near.closed
     near.release()
@@ -97,7 +97,7 @@ def test_the_socket_is_closed_when_nobody_sends(ends: tuple[Link, Link]) -> None
             return getattr(real, name)
 
     near.socket = Slow()  # type: ignore[assignment]
-    for _ in range(50):
+    for _ in range(400):  # 64 MB: more than sockets hold
         near.send(pack({}, range(20_000)))
     near.release()
     assert done[-1] == "closed" and "sent" in done
