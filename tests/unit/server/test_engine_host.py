@@ -178,7 +178,8 @@ def test_grammars_do_not_wait_for_the_logits_of_prompts(host: EngineHost) -> Non
 
 def test_requests_of_a_process_that_ends_while_others_submit(host: EngineHost) -> None:
     """All are cancelled, though more come meanwhile."""
-    others = Outputs(Link(socket.socket(), "other"))
+    ours, theirs = socket.socketpair()
+    others = Outputs(Link(ours, "other"))
 
     class Watched(RemoteRequest):
         @property
@@ -190,14 +191,13 @@ def test_requests_of_a_process_that_ends_while_others_submit(host: EngineHost) -
         def outputs(self, outputs: Outputs) -> None:
             self._outputs = outputs
 
-    with served(host) as far:
+    with ours, theirs, served(host) as far:
         assert far.receive_one() is not None
         (outputs,) = host._outputs.values()
         remotes = [Watched(outputs, number) for number in range(3)]
         host._remotes.update({str(each.number): each for each in remotes})
     assert all(each.cancelled for each in remotes)
     assert not any(each.cancelled for each in host._remotes.values() if type(each) is RemoteRequest)
-    others.link.socket.close()
 
 
 def test_a_process_that_starts_hears_the_latest_of_the_model_last(host: EngineHost) -> None:

@@ -99,7 +99,10 @@ def test_the_socket_is_closed_when_nobody_sends(ends: tuple[Link, Link]) -> None
     near.socket = Slow()  # type: ignore[assignment]
     for _ in range(400):  # 64 MB: more than sockets hold
         near.send(pack({}, range(20_000)))
+    threads = [thread for thread in threading.enumerate() if thread.name == "numballama link"]
     near.release()
+    for thread in threads:
+        thread.join(30)
     assert done[-1] == "closed" and "sent" in done
 
 
