@@ -27,11 +27,11 @@ SHORT_PARAMS = 4096
 """Characters of settings that are kept, since many requests have the same."""
 
 
-class Remote:
+class RemoteRequest:
     """A request of a process for HTTP."""
 
-    def __init__(self, parcel: Parcel, number: int) -> None:
-        self.parcel, self.number = parcel, number
+    def __init__(self, outputs: Outputs, number: int) -> None:
+        self.outputs, self.number = outputs, number
         self.begun = self.cancelled = False
         """Whether a token has come; whether it was cancelled before the engine had it."""
         self.ended: set[int] = set()
@@ -43,18 +43,19 @@ class Remote:
         return dataclasses.replace(event, finish_reason="stop") if event.index in self.ended else event
 
 
-class Parcel:
+class Outputs:
     """What a step of the engine gives to one process for HTTP."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.tokens: list[int] = []
-        """Text and token in turns, of tokens that are nothing else."""
+        """Text and token in turns, of tokens that are nothing else. They are read before `events`."""
         self.begun: list[Any] = []
         self.events: list[Any] = []
+        """Last tokens, and all those of a request for log probabilities, of which a grammar forces none."""
         self.errors: list[Any] = []
 
-    def add(self, remote: Remote, state: RequestState) -> None:
+    def add(self, remote: RemoteRequest, state: RequestState) -> None:
         """What a request has to read, and its end."""
         first = remote.number * MAX_N
         if not remote.begun and state.events:
@@ -86,25 +87,23 @@ class Parcel:
 
 
 class EngineHost:
-    """The engine for requests of other processes. `ModelLoader` gives it the model, `serve` calls it for each link.
+    """The engine for requests of other processes. `ModelLoader` gives it the model, a thread calls `serve` for a link.
 
-    `trouble` says why the server is not well, though the engine is. `other` is called with messages that are not for
-    the engine.
+    `other` is called with messages that are not for the engine.
     """
 
-    def __init__(
-        self, settings: Settings, trouble: Callable[[], str | None], other: Callable[[Link, Head], None]
-    ) -> None:
+    def __init__(self, settings: Settings, other: Callable[[Link, Head], None]) -> None:
         self.draining = False
-        self._settings, self._trouble, self._other = settings, trouble, other
+        self._settings, self._other = settings, other
         self._model: Model | None = None
         self._engine: TextEngine | None = None
         self._news: Head = {"unload": LOADING}  # what a process that starts has to know
-        self._remotes: dict[str, Remote] = {}
-        self._parcels: dict[Link, Parcel] = {}
+        self._remotes: dict[str, RemoteRequest] = {}
+        self._outputs: dict[Link, Outputs] = {}
         self._lock = threading.Lock()  # of `_hand_over` and of what it reads
-        self._logits_lock = threading.Lock()  # one request at a time has the logits of its whole prompt
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "numballama server, slow")
+        self._logits = ThreadPoolExecutor(1, "numballama server, logits")
+        """One request at a time has the logits of its whole prompt. Grammars do not wait for it."""
 
     # For the loader
 
@@ -129,7 +128,7 @@ class EngineHost:
         self._tell({"unload": why})
         self._leave()
         for remote in tuple(self._remotes.values()):  # which the engine has not ended
-            remote.parcel.link.send(pack({"errors": [(remote.number, error_as_json(DeviceError(why)))]}))
+            remote.outputs.link.send(pack({"errors": [(remote.number, error_as_json(DeviceError(why)))]}))
             self._cancel(remote)
         self._remotes.clear()
 
@@ -143,7 +142,7 @@ class EngineHost:
     def reloaded(self) -> None:
         """The model was loaded again."""
         with self._lock:
-            links = list(self._parcels)
+            links = list(self._outputs)
         if links:
             links[0].send(pack({"reloaded": True}))  # what one counts, all show
 
@@ -163,45 +162,44 @@ class EngineHost:
         """End the engine's thread. The model stays open."""
         self.draining = True
         self._leave()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._logits):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _tell(self, news: Head) -> None:
-        with self._lock:
+        with self._lock:  # a process that starts meanwhile hears it last
             self._news = news
-            links = list(self._parcels)
-        for link in links:
-            link.send(pack(news))
+            for link in self._outputs:
+                link.send(pack(news))
 
     # For a link
 
     def serve(self, link: Link) -> None:
         """Answer the messages of a process for HTTP until it ends. Then its requests do, too."""
         with self._lock:
-            parcel = self._parcels[link] = Parcel(link)
-            news = self._news
-        link.send(pack(news))
+            outputs = self._outputs[link] = Outputs(link)
+            link.send(pack(self._news))
         try:
             while not link.closed:
                 for head, tail in link.receive():
                     try:
-                        self._answer(parcel, head, tail)
+                        self._answer(outputs, head, tail)
                     except Exception as error:
                         self._refuse(link, head, error)
         finally:
-            with self._lock:
-                del self._parcels[link]
-                left = [each for each in self._remotes.values() if each.parcel is parcel]
-            for remote in left:
-                self._cancel(remote)
             link.release()
+            with self._lock:
+                del self._outputs[link]
+            for remote in tuple(self._remotes.values()):  # others add to them meanwhile
+                if remote.outputs is outputs:
+                    self._cancel(remote)
 
-    def _answer(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
-        what, link = head["do"], parcel.link
+    def _answer(self, outputs: Outputs, head: Head, tail: Sequence[int]) -> None:
+        what, link = head["do"], outputs.link
         if what == "submit":
             if "ask" in head:
-                self._pool.submit(self._in_pool, self._submit, parcel, head, tail)
+                self._pool.submit(self._in_pool, self._submit, outputs, head, tail)
             else:
-                self._submit(parcel, head, tail)
+                self._submit(outputs, head, tail)
         elif what == "cancel":
             if (remote := self._remotes.get(_name(link, head["id"]))) is not None:
                 if "index" in head:
@@ -211,21 +209,21 @@ class EngineHost:
         elif what == "stats":
             stats = self.stats
             found = None if stats is None else {name: getattr(stats, name) for name in NO_FIGURES}
-            link.send(pack({"answer": head["ask"], "stats": found, "trouble": self._trouble()}))
+            link.send(pack({"answer": head["ask"], "stats": found}))
         elif what == "logprobs":
-            self._pool.submit(self._in_pool, self._logprobs, parcel, head, tail)
+            self._logits.submit(self._in_pool, self._logprobs, outputs, head, tail)
         elif what == "check":
-            self._pool.submit(self._in_pool, self._check, parcel, head, tail)
+            self._pool.submit(self._in_pool, self._check, outputs, head, tail)
         else:
             self._other(link, head)
 
     def _in_pool(
-        self, work: Callable[[Parcel, Head, Sequence[int]], None], parcel: Parcel, head: Head, tail: Sequence[int]
+        self, work: Callable[[Outputs, Head, Sequence[int]], None], outputs: Outputs, head: Head, tail: Sequence[int]
     ) -> None:
         try:
-            work(parcel, head, tail)
+            work(outputs, head, tail)
         except Exception as error:
-            self._refuse(parcel.link, head, error)
+            self._refuse(outputs.link, head, error)
 
     def _refuse(self, link: Link, head: Head, error: Exception) -> None:
         """Say why a message is not done."""
@@ -243,15 +241,15 @@ class EngineHost:
             raise DeviceError(self._news.get("unload", LOADING))
         return model
 
-    def _submit(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
+    def _submit(self, outputs: Outputs, head: Head, tail: Sequence[int]) -> None:
         model, text, number = self._loaded(), head["params"], head["id"]
         params = _kept_params(text) if len(text) <= SHORT_PARAMS else params_of(text)
-        ends, remote, name = frozenset(head["ends"]), Remote(parcel, number), _name(parcel.link, number)
+        ends, remote, name = frozenset(head["ends"]), RemoteRequest(outputs, number), _name(outputs.link, number)
         self._remotes[name] = remote
         try:
             constraint = model.constraint(params, ends) if params.is_constrained else None
-            if parcel.link.closed or remote.cancelled:
-                raise Error("the client has left")
+            if outputs.link.closed or remote.cancelled:
+                raise DeviceError(self._news.get("unload", "the client has left"))
             how: Head = {each: head[each] for each in ("priority", "salt", "reuse_prefix") if each in head}
             if head["stops"] and params.n > 1:
                 how["process"] = remote.process
@@ -261,31 +259,32 @@ class EngineHost:
         except BaseException:
             self._remotes.pop(name, None)
             raise
-        if parcel.link.closed or remote.cancelled:  # meanwhile
+        if outputs.link.closed or remote.cancelled:  # meanwhile
             self._cancel(remote)
         if "ask" in head:
-            parcel.link.send(pack({"answer": head["ask"]}))
+            outputs.link.send(pack({"answer": head["ask"]}))
 
-    def _cancel(self, remote: Remote) -> None:
+    def _cancel(self, remote: RemoteRequest) -> None:
         remote.cancelled = True
         if remote.request is not None:
             remote.request.cancel()
 
-    def _logprobs(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
-        with self._logits_lock:
-            found = self._loaded().prompt_logprobs(list(tail), head["top"])
-        parcel.link.send(pack({"answer": head["ask"], "logprobs": [logprobs_as_json(each) for each in found]}))
+    def _logprobs(self, outputs: Outputs, head: Head, tail: Sequence[int]) -> None:
+        if outputs.link.closed:
+            return
+        found = self._loaded().prompt_logprobs(list(tail), head["top"])
+        outputs.link.send(pack({"answer": head["ask"], "logprobs": [logprobs_as_json(each) for each in found]}))
 
-    def _check(self, parcel: Parcel, head: Head, tail: Sequence[int]) -> None:
+    def _check(self, outputs: Outputs, head: Head, tail: Sequence[int]) -> None:
         self._loaded().check_constraint(params_of(head["params"]))
-        parcel.link.send(pack({"answer": head["ask"]}))
+        outputs.link.send(pack({"answer": head["ask"]}))
 
     # For the engine
 
     def _hand_over(self, states: list[RequestState]) -> list[RequestState]:
         """Send what a step has given: one message for each process. Returns requests that are no other process's."""
         with self._lock:
-            parcels: dict[Parcel, None] = {}
+            touched: dict[Outputs, None] = {}
             others: list[RequestState] = []
             failed = False
             for state in states:
@@ -293,14 +292,14 @@ class EngineHost:
                 if remote is None:
                     others.append(state)
                     continue
-                remote.parcel.add(remote, state)
-                parcels[remote.parcel] = None
+                remote.outputs.add(remote, state)
+                touched[remote.outputs] = None
                 if state.done:
                     failed = failed or state.error is not None
-                    del self._remotes[state.id]
+                    self._remotes.pop(state.id, None)  # `unload` may have let it go
             failure = self.failure if failed else None
-            for parcel in parcels:
-                parcel.send(failure)
+            for outputs in touched:
+                outputs.send(failure)
         return others
 
 

@@ -24,7 +24,7 @@ from .app import create_app
 from .link import Head, Link, SharedCounts, pack
 from .remote import ENGINE_GONE, Facts, RemoteEngine, RemoteModel
 from .run import Address, Server, prepare_log, rare_collections, server_config
-from .service import Service, log
+from .service import DRAINING, Service, log
 from .settings import Settings
 
 ERRORS_WITHIN_S = 2.0
@@ -36,11 +36,11 @@ ENDED_WITHIN_S = 10.0
 class HttpServer(Server):
     """A server whose connections another process accepts, and whose engine is there."""
 
-    def __init__(self, app: Any, settings: Settings, address: Address, link: Link, door: socket.socket) -> None:
+    def __init__(self, app: Any, settings: Settings, address: Address, link: Link, handoff: socket.socket) -> None:
         service: Service = app.state.service
         super().__init__(server_config(app, address, settings.body_timeout_s), service)
-        self._link, self._door = link, door
-        door.setblocking(False)
+        self._link, self._handoff = link, handoff
+        handoff.setblocking(False)
         self._checkpoint: Checkpoint | None = None
         self._latest: Head = {}
         """The latest news of the model."""
@@ -55,9 +55,16 @@ class HttpServer(Server):
         self._loop = asyncio.get_running_loop()
         self._engine = self._service.engine_process = RemoteEngine(self._link, self._loop)
         self._loop.add_reader(self._link.socket, self._read)
-        self._loop.add_reader(self._door, self._take_connections)
+        self._loop.add_reader(self._handoff, self._take_connections)
         self._link.send(pack({"do": "up"}))
         self._read()  # what came with the first message
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's. Threads that wait for an answer end: nobody reads it any more."""
+        await super().shutdown(sockets)
+        self._loop.remove_reader(self._link.socket)
+        self._link.close()
+        self._engine.fail(DeviceError(DRAINING))
 
     def _start(self, work: Any) -> None:
         task = self._loop.create_task(work)
@@ -67,9 +74,9 @@ class HttpServer(Server):
     def _take_connections(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
-                data, files, _, _ = socket.recv_fds(self._door, 1, 1)
+                data, files, _, _ = socket.recv_fds(self._handoff, 1, 1)
                 if not data:
-                    self._loop.remove_reader(self._door)
+                    self._loop.remove_reader(self._handoff)
                     return
                 for file in files:
                     self._start(self._connect(socket.socket(fileno=file)))
@@ -103,6 +110,8 @@ class HttpServer(Server):
         elif "figures" in head:
             counted = self._service.metrics.counted().decode()
             self._link.send(pack({"do": "counted", "of": head["figures"], "text": counted}))
+        elif "alive" in head:
+            self._link.send(pack({"do": "alive"}))
         elif "drain" in head:
             self.drain()
         elif "exit" in head:
@@ -142,9 +151,9 @@ class HttpServer(Server):
         end.start()
 
 
-def main(link_file: int, door_file: int, counts_file: int, process: int, processes: int) -> None:
+def main(link_file: int, handoff_file: int, counts_file: int, process: int, processes: int) -> None:
     """Serve until the process with the engine says so, or ends."""
-    link, door = Link(socket.socket(fileno=link_file), f"http-{process}"), socket.socket(fileno=door_file)
+    link, handoff = Link(socket.socket(fileno=link_file), f"http-{process}"), socket.socket(fileno=handoff_file)
     first = link.receive_one()
     if first is None:
         return
@@ -152,7 +161,7 @@ def main(link_file: int, door_file: int, counts_file: int, process: int, process
     prepare_log(first["log_json"])
     app = create_app(None, settings, SharedCounts(counts_file, process, processes))
     with rare_collections():
-        HttpServer(app, settings, Address(**first["address"]), link, door).run(sockets=[])
+        HttpServer(app, settings, Address(**first["address"]), link, handoff).run(sockets=[])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Link:
             end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
         self._lock = threading.Lock()
         self._kept = bytearray()  # what a thread sends, while there is something
+        self._sender: threading.Thread | None = None  # that thread, the latest
         self._read = bytearray()
         self.closed = False
         """Whether the other end is gone."""
@@ -70,7 +71,13 @@ class Link:
             if self.closed or sent == len(message):
                 return
             self._kept += message[sent:]
-        threading.Thread(target=self._send_kept, name="numballama link", daemon=True).start()
+            sender = threading.Thread(target=self._send_kept, name="numballama link", daemon=True)
+            try:
+                sender.start()
+                self._sender = sender
+            except RuntimeError:  # a limit of the system: the engine goes on for others
+                self._kept.clear()
+                self.closed = True
 
     def _send_kept(self) -> None:
         while True:
@@ -130,6 +137,8 @@ class Link:
     def release(self) -> None:
         """Close the socket, when nobody reads from it."""
         self.close()
+        if self._sender is not None:
+            self._sender.join()  # it could send to another socket, which gets the same number
         with self._lock:
             self.socket.close()
 

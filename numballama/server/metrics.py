@@ -198,6 +198,17 @@ class Summed(Collector):
         return _text(self)
 
 
+def process_figures(ready: int, restarts: int) -> str:
+    """What the process that starts those for HTTP counts, in Prometheus' text format."""
+
+    class Processes(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield GaugeMetricFamily(f"{PREFIX}http_processes", "Processes for HTTP that answer requests", ready)
+            yield CounterMetricFamily(f"{PREFIX}http_process_restarts", "Times that one was started again", restarts)
+
+    return _text(Processes()).decode()
+
+
 def _text(collector: Collector) -> bytes:
     """What a collector yields, in Prometheus' text format."""
     registry = CollectorRegistry()

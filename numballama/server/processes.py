@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import os
 import select
 import signal
@@ -27,7 +28,7 @@ from ..host.child import can_start_python, python_environment
 from .engine_host import EngineHost
 from .link import Head, Link, SharedCounts, pack
 from .loader import ModelLoader
-from .metrics import Summed
+from .metrics import Summed, process_figures
 from .run import (
     CANCELLED_WITHIN_S,
     LOADED_WITHIN_S,
@@ -53,6 +54,10 @@ MOST_STARTS = 3
 """Starts in a row of a process that ends before it answers requests, after which the server ends."""
 COUNTED_WITHIN_S = 2.0
 """Seconds in which a process says what it has counted. Then what it said before counts."""
+MOST_SILENT_LOOKS = 300
+"""Looks after which a process that has given no sign of life is killed. While this one is stopped, it does not look."""
+ASKED_EVERY = 10
+"""Looks between two questions for a sign of life."""
 ENDED_WITHIN_S = 3.0
 """Seconds that a process may take to end besides the time for requests. Then it is killed."""
 
@@ -64,7 +69,7 @@ class HttpProcess:
     index: int
     process: subprocess.Popen[bytes]
     link: Link
-    door: socket.socket
+    handoff: socket.socket
     """Where connections are handed over."""
     thread: threading.Thread | None = None
     """What answers its messages."""
@@ -72,6 +77,8 @@ class HttpProcess:
     """Whether it takes connections."""
     is_ready: bool = False
     """Whether it answers requests."""
+    silent_looks: int = 0
+    """Looks since its latest sign of life."""
     starts: int = 1
     """Starts since one has become ready."""
     counted: str = ""
@@ -81,9 +88,10 @@ class HttpProcess:
 
 
 @dataclass
-class Gathering:
-    """A question for what all processes have counted."""
+class Scrape:
+    """A question of one process for what all have counted."""
 
+    number: int
     link: Link
     ask: int
     waits_for: set[int]
@@ -95,10 +103,11 @@ class HttpProcesses:
 
     def __init__(self, count: int, first: Head, settings: Settings, listener: socket.socket) -> None:
         self._first, self._settings, self._listener = first, settings, listener
-        self.host = EngineHost(settings, self.trouble, self._other_message)
+        self.host = EngineHost(settings, self._other_message)
         self._lock = threading.Lock()  # of what links and the main thread change
-        self._gatherings: list[Gathering] = []
-        self._next = 0
+        self._scrapes: dict[int, Scrape] = {}  # by their numbers, those that wait for processes
+        self._numbers = itertools.count()
+        self._next = self._looks = self._restarts = 0
         self._signals = 0
         self._drains = False
         self._deadline: float | None = None
@@ -112,8 +121,8 @@ class HttpProcesses:
 
     def _start(self, index: int, count: int) -> HttpProcess:
         ours, theirs = socket.socketpair()
-        door, far = socket.socketpair()
-        door.setblocking(False)  # Python up to 3.12 does not pass flags on
+        handoff, far = socket.socketpair()
+        handoff.setblocking(False)  # Python up to 3.12 does not pass flags on
         files = [theirs.fileno(), far.fileno(), self._memory]
         words = [*map(str, files), str(index), str(count)]
         with theirs, far:
@@ -123,7 +132,7 @@ class HttpProcesses:
             )  # fmt: skip
         link = Link(ours, f"http-{index}-{process.pid}")
         link.send(pack(self._first))
-        return HttpProcess(index, process, link, door)
+        return HttpProcess(index, process, link, handoff)
 
     def _listen(self, each: HttpProcess) -> None:
         """Answer its messages from now on."""
@@ -135,11 +144,6 @@ class HttpProcesses:
     def all_ready(self) -> bool:
         """Whether each process answers requests."""
         return all(each.is_ready for each in self._processes)
-
-    def trouble(self) -> str | None:
-        """Why the server as a whole is not well."""
-        missing = sum(not each.is_ready for each in self._processes)
-        return f"{missing} of {len(self._processes)} processes for HTTP are being started" if missing else None
 
     def drain(self) -> None:
         """Let running requests end, and then all processes."""
@@ -188,12 +192,12 @@ class HttpProcesses:
             time.sleep(0.001)
             return
         with connection:
-            for _ in self._processes:
-                self._next = (self._next + 1) % len(self._processes)
-                each = self._processes[self._next]
+            turn = self._processes[self._next :] + self._processes[: self._next]
+            for each in sorted(turn, key=lambda each: not each.is_ready):  # others say 503
                 if each.is_up and each.process.poll() is None:
                     with contextlib.suppress(OSError):  # it has ended, or is slow
-                        socket.send_fds(each.door, [b"+"], [connection.fileno()])
+                        socket.send_fds(each.handoff, [b"+"], [connection.fileno()])
+                        self._next = (each.index + 1) % len(turn)
                         return
 
     def _begin_to_drain(self) -> None:
@@ -205,6 +209,7 @@ class HttpProcesses:
     def _look(self) -> None:
         """Start processes again that have ended, and end those that should have."""
         now = time.monotonic()
+        self._looks += 1
         if self._signals > 1:
             self._signals = 1
             self._deadline = now + CANCELLED_WITHIN_S + ENDED_WITHIN_S
@@ -215,17 +220,28 @@ class HttpProcesses:
                 each.process.kill()
             elif self._deadline is None and (each.process.poll() is not None or each.link.closed):
                 self._start_again(each)
+            elif self._deadline is None and each.is_up:
+                self._ask_for_life(each)
         with self._lock:
-            for gathering in [each for each in self._gatherings if now >= each.until]:
-                gathering.waits_for.clear()
-                self._finish(gathering)
+            for scrape in [each for each in self._scrapes.values() if now >= each.until]:
+                scrape.waits_for.clear()
+                self._finish(scrape)
+
+    def _ask_for_life(self, each: HttpProcess) -> None:
+        """Kill a process that hangs: another one is then started."""
+        if self._looks % ASKED_EVERY == 0:
+            each.link.send(pack({"alive": True}))
+        each.silent_looks += 1
+        if each.silent_looks == MOST_SILENT_LOOKS:
+            log.error("a process for HTTP hangs: it is killed")
+            each.process.kill()
 
     def _end(self, each: HttpProcess) -> int:
         """End a process at once. Returns its exit code."""
         each.process.kill()
         code = each.process.wait()
         each.link.close()
-        each.door.close()
+        each.handoff.close()
         if each.thread is not None:
             each.thread.join()
         return code
@@ -248,11 +264,12 @@ class HttpProcesses:
         new = self._start(each.index, len(self._processes))
         new.starts = 1 if each.is_ready else each.starts + 1
         with self._lock:
+            self._restarts += 1
             new.before = Summed([each.before, each.counted]).text().decode()
             self._processes[each.index] = new
-            for gathering in tuple(self._gatherings):
-                gathering.waits_for.discard(each.index)
-                self._finish(gathering)
+            for scrape in tuple(self._scrapes.values()):
+                scrape.waits_for.discard(each.index)
+                self._finish(scrape)
         self._listen(new)
 
     def _other_message(self, link: Link, head: Head) -> None:
@@ -265,24 +282,27 @@ class HttpProcesses:
                 each.is_up = True
             elif head["do"] == "ready":
                 each.is_ready, each.starts = True, 1
+            elif head["do"] == "alive":
+                each.silent_looks = 0
             elif head["do"] == "figures":
                 up = [one for one in self._processes if one.is_up and not one.link.closed]
-                gathering = Gathering(link, head["ask"], {one.index for one in up})
-                self._gatherings.append(gathering)
+                number = next(self._numbers)
+                self._scrapes[number] = Scrape(number, link, head["ask"], {one.index for one in up})
                 for one in up:
-                    one.link.send(pack({"figures": head["ask"]}))
+                    one.link.send(pack({"figures": number}))
             elif head["do"] == "counted":
                 each.counted = head["text"]
-                for gathering in tuple(self._gatherings):
-                    gathering.waits_for.discard(each.index)
-                    self._finish(gathering)
+                if (scrape := self._scrapes.get(head["of"])) is not None:
+                    scrape.waits_for.discard(each.index)
+                    self._finish(scrape)
 
-    def _finish(self, gathering: Gathering) -> None:
-        """Answer, if all have said what they counted."""
-        if not gathering.waits_for:
-            self._gatherings.remove(gathering)
+    def _finish(self, scrape: Scrape) -> None:
+        """Answer, if all have said what they counted. The lock is held."""
+        if not scrape.waits_for:
+            del self._scrapes[scrape.number]
             texts = [text for each in self._processes for text in (each.before, each.counted) if text]
-            gathering.link.send(pack({"answer": gathering.ask, "texts": texts}))
+            texts.append(process_figures(sum(each.is_ready for each in self._processes), self._restarts))
+            scrape.link.send(pack({"answer": scrape.ask, "texts": texts}))
 
 
 def _shared_memory(size: int) -> int:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from ..chat.text_model import TextModel
@@ -90,8 +90,6 @@ class RemoteEngine:
         """Of the model that the engine has now."""
         self.failure: BaseException | None = None
         """Why the engine refuses all requests."""
-        self.trouble: str | None = None
-        """Why the server as a whole is not well, though the engine may be."""
 
     # For a service
 
@@ -100,10 +98,8 @@ class RemoteEngine:
         return dataclasses.replace(self._stats, failure=self.failure)
 
     async def refresh(self) -> None:
-        """Ask for `stats` and `trouble`. Raises `ApiError` 503 when the engine's process does not answer."""
-        found = await self._answer({"do": "stats"})
-        self.trouble = found["trouble"]
-        if (stats := found["stats"]) is not None:
+        """Ask for `stats`. Raises `ApiError` 503 when the engine's process does not answer."""
+        if (stats := (await self._answer({"do": "stats"}))["stats"]) is not None:
             self._stats = EngineStats(**stats)
 
     async def figures(self) -> list[str]:
@@ -136,13 +132,17 @@ class RemoteEngine:
         assert threading.get_ident() != self._thread, "the event loop would wait for itself"
         return self._ask(head, tail).result()
 
+    def check_constraint(self, params: SamplingParams) -> None:
+        """Raise `Error` for a schema, an expression or a grammar that cannot be followed. As `ask`."""
+        self.ask({"do": "check", "params": params_as_json(params)})
+
     def _ask(self, head: Head, tail: Sequence[int] = ()) -> Future[Head]:
         number, future = next(self._asks), Future[Head]()
         self._asked[number] = future
         future.add_done_callback(lambda _: self._asked.pop(number, None))
         self._link.send(pack({**head, "ask": number}, tail))
-        if self._link.closed and not future.done():
-            future.set_exception(DeviceError(ENGINE_GONE))
+        if self._link.closed:
+            _fail(future, DeviceError(ENGINE_GONE))
         return future
 
     # For requests
@@ -163,6 +163,8 @@ class RemoteEngine:
             state.sequences.append(OneText((), params, 1, order=(0, number, index), index=index))
             state.sequences[-1].prompt_tokens = len(prompt)
         if state.done:
+            if params.is_constrained:
+                self.check_constraint(params)
             return Request(self, state)
         state.live = params.n
         self._requests[number] = state
@@ -296,8 +298,13 @@ class RemoteEngine:
         for state in tuple(self._requests.values()):
             self._end(state, error)
         for future in tuple(self._asked.values()):
-            if not future.done():
-                future.set_exception(error)
+            _fail(future, error)
+
+
+def _fail(future: Future[Head], error: BaseException) -> None:
+    """End a question whose answer does not come. From any thread: another one may do so at the same time."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 def _wake(state: RequestState) -> None:
@@ -346,4 +353,4 @@ class RemoteModel(TextModel):
         return [None if each is None else logprobs_of(each) for each in found]
 
     def check_constraint(self, settings: SamplingParams) -> None:
-        self._engine.ask({"do": "check", "params": params_as_json(settings)})
+        self._engine.check_constraint(settings)

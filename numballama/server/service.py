@@ -124,10 +124,6 @@ class Endable(Protocol):
 class EngineProcess(Protocol):
     """What a service needs of the process that has the engine, where that is another one."""
 
-    @property
-    def trouble(self) -> str | None:
-        """Why the server as a whole is not well."""
-
     async def refresh(self) -> None:
         """Ask what it does now. Raises `ApiError` 503 when it does not answer."""
 
@@ -339,7 +335,7 @@ class Service:
         stats = self.stats
         if stats is not None and stats.stalled_s > self.settings.stall_s:
             return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"
-        return None if self.engine_process is None else self.engine_process.trouble
+        return None
 
     @staticmethod
     def report_failure(error: BaseException) -> None:

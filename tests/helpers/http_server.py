@@ -182,7 +182,7 @@ class Serving(Protocol):
 def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[Linked]:
     """As `serving`, with what a process for HTTP and the engine's process say to each other, in this process."""
     settings = settings or Settings()
-    listener, (ours, theirs), (door, far) = listen(Address(port=0)), socket.socketpair(), socket.socketpair()
+    listener, (ours, theirs), (handoff, far) = listen(Address(port=0)), socket.socketpair(), socket.socketpair()
     ready = threading.Event()
 
     def other(link: Link, head: Head) -> None:
@@ -193,12 +193,12 @@ def serving_linked(model: Model, settings: Settings | None = None) -> Iterator[L
         elif head["do"] == "counted":
             link.send(pack({"answer": head["of"], "texts": [head["text"]]}))
 
-    host, link = EngineHost(settings, lambda: None, other), Link(ours, "linked")
+    host, link = EngineHost(settings, other), Link(ours, "linked")
     before = model.token_engine.hand_over  # another host's, whose server does nothing meanwhile
     app = create_app(None, settings)
     server = HttpServer(app, settings, Address(port=0), Link(theirs, "linked"), far)
     serves = threading.Thread(target=host.serve, args=(link,))
-    with ours, theirs, door, far:
+    with ours, theirs, handoff, far:
         serves.start()
         try:
             with _running(server, listener):

@@ -461,6 +461,12 @@ def test_tokens_that_come_together_are_all_counted() -> None:
     assert seen == [(0, 2), (1, 2)]
 
 
+@pytest.mark.parametrize("key", ["regex", "grammar"])
+def test_a_grammar_is_checked_though_nothing_is_generated(either: Running, key: str) -> None:
+    answer = either.post("/v1/completions", LONG_TEXT | {"max_tokens": 0, "ignore_eos": False, key: "[a"})
+    assert answer.status == 400 and answer.error["param"] == key
+
+
 def test_metrics_count_as_usage_does(either: Running) -> None:
     """Tokens that a grammar forces are generated ones."""
     before, schema = samples(either), {"const": {"a long name of a property": ["and a long text", 12345]}}

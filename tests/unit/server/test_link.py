@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,47 @@ def test_a_reader_that_is_gone(ends: tuple[Link, Link]) -> None:
         assert not thread.is_alive()
     near.send(pack({}))
     assert near.closed
+
+
+def test_no_thread_can_be_started(ends: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the link ends, and not the engine, whose thread sends."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    near, _ = ends
+    for _ in range(400):  # 64 MB: more than sockets hold
+        near.send(pack({}, range(20_000)))
+    assert near.closed
+    near.release()
+
+
+def test_the_socket_is_closed_when_nobody_sends(ends: tuple[Link, Link]) -> None:
+    """Its number may then be another one's."""
+    near, _ = ends
+    real, done = near.socket, list[str]()
+
+    class Slow:
+        def sendall(self, data: bytes) -> None:
+            time.sleep(0.2)
+            done.append("sent")
+
+        def close(self) -> None:
+            done.append("closed")
+            real.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    near.socket = Slow()  # type: ignore[assignment]
+    for _ in range(400):  # 64 MB: more than sockets hold
+        near.send(pack({}, range(20_000)))
+    threads = [thread for thread in threading.enumerate() if thread.name == "numballama link"]
+    near.release()
+    for thread in threads:
+        thread.join(30)
+    assert done[-1] == "closed" and "sent" in done
 
 
 @pytest.mark.parametrize("kind", [Error, UnsupportedError, DeviceError, ContextError, GrammarError])

@@ -6,7 +6,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from numballama.server.metrics import PREFIX, TOKEN_SECONDS, Distribution, Merged, Summed
+from numballama.server.metrics import PREFIX, TOKEN_SECONDS, Distribution, Merged, Summed, process_figures
 from tests.helpers.http_server import Running
 
 
@@ -63,3 +63,9 @@ def test_figures_of_processes_are_added() -> None:
         ("a_total", "1"): 7, ("a_created", "1"): 7, ("a_total", "2"): 1, ("h_bucket", "+Inf"): 7, ("h_sum",): 3.5,
     }  # fmt: skip
     assert Summed([found.text().decode()]).text() == found.text()
+
+
+def test_figures_about_processes() -> None:
+    text = Summed([process_figures(3, 2)]).text().decode()
+    assert "\n# TYPE numballama:http_processes gauge\nnumballama:http_processes 3.0\n" in text
+    assert "\nnumballama:http_process_restarts_total 2.0\n" in text

@@ -110,10 +110,18 @@ def test_processes_that_are_killed() -> None:
         with streams(port, 2) as (one, two):
             os.kill(before[0], signal.SIGKILL)
             eventually(lambda: not is_alive(before[0]), "its end")
-            eventually(lambda: get(port, "/health")[0] == 503, "a bad health")
+            healths: list[int] = []  # the other one answers all, until the new one can
+
+            def is_replaced() -> bool:
+                with contextlib.suppress(ConnectionError):  # of a connection that it took while it ended
+                    healths.append(get(port, "/health")[0])
+                    return figure(port, "http_processes") == 2 and figure(port, "http_process_restarts_total") == 1
+                return False
+
+            eventually(is_replaced, "a new process")
+            assert set(healths) == {200}
             found = [b"data: [DONE]" in rest_of(each) for each in (one, two)]
         assert sorted(found) == [False, True]
-        eventually(lambda: get(port, "/health")[0] == 200, "a new process")
         after = children_of(started.pid)
         assert len(after) == 2 and before[1] in after and before[0] not in after
         assert [post(port, {"prompt": "Once", "max_tokens": 2})[0] for _ in range(4)] == [200] * 4
@@ -124,6 +132,32 @@ def test_processes_that_are_killed() -> None:
             ends = [rest_of(each) for each in both]
         assert all(b"the process with the engine has ended" in end and b'"code":"engine_failed"' in end for end in ends)
         eventually(lambda: not any(map(is_alive, after)), "the end of all processes")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped answers nobody, and would keep each second connection. The other one goes on."""
+    found: list[processes.HttpProcesses] = []
+
+    class Seen(processes.HttpProcesses):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            found.append(self)
+
+    def load() -> None:
+        (server,) = found
+        eventually(lambda: all(each.is_up for each in server._processes), "the processes")
+        one, two = (each.process.pid for each in server._processes)
+        os.kill(one, signal.SIGSTOP)
+        eventually(lambda: not is_alive(one), "its end")
+        eventually(lambda: server._processes[0].is_up and server._processes[0].process.pid != one, "another one")
+        assert server._processes[1].process.pid == two
+        raise Error("that was all")
+
+    monkeypatch.setattr(processes, "MOST_SILENT_LOOKS", 60)
+    monkeypatch.setattr(processes, "HttpProcesses", Seen)
+    with pytest.raises(Error, match="that was all"):
+        serve(load)
 
 
 @pytest.mark.slow
