@@ -1,7 +1,7 @@
 """Let Python look for garbage less often while a kernel is compiled.
 
-What Numba makes of a kernel lives on, so that the collector passes over it again and again and finds little: a tenth of
-What Numba makes of a kernel lives on, so that the collector passes over it again and again and finds little: 5 to 7 % of
+What Numba makes of a kernel lives on, so that the collector passes over it again and again and finds little: 5 to 7 %
+of what compiling takes.
 """
 
 from __future__ import annotations
