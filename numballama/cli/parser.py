@@ -26,7 +26,7 @@ OTHER_OPTIONS = {
     "-np": "--max-sequences", "--parallel": "--max-sequences", "-ctk": "--kv-dtype", "-ctv": "--kv-dtype",
     "--served-model-name": "--model-name", "-a": "--model-name", "--alias": "--model-name",
     "--ssl-certfile": "--tls-cert", "--ssl-keyfile": "--tls-key", "--outtype": "--dtype", "--type": "--dtype",
-    "-r": "--repeats", "-o": "--output", "-f": "--input",
+    "-r": "--repeats", "-o": "--output", "-f": "--input", "--imatrix": "--calibrate",
 }  # fmt: skip
 """What other programs call an option → ours."""
 WITHOUT_OPTION = {

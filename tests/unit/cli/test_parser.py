@@ -127,6 +127,7 @@ def test_most_examples_run() -> None:
         ("generate model.gguf --prompt=hi", "unknown option --prompt: the prompt is given without an option"),
         ("generate -m model.gguf -p hi", "unknown option -m: the model is given without an option"),
         ("export -m a.gguf --outfile b.gguf --to gguf", "unknown option -m: the source is given without an option"),
+        ("export a b --to gguf --imatrix c", "unknown option --imatrix; did you mean --calibrate?"),
         ("serve --served-model-name x", "unknown option --served-model-name; did you mean --model-name?"),
         ("doctor now", "one word too many: 'now'"),
         (
