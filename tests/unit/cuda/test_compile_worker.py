@@ -95,7 +95,8 @@ print(json.dumps({
     assert sorted(found["first"], key=int) == list("01234") and not any(code[3] for code in found["first"].values())
     assert found["again"] == {}, "the second time nothing is missing"
     assert found["cached"] == [True] * 5 and found["same"] == [True] * 5
-    assert found["told"][0] == ["add_kernel", 0, 5] and [done for _, done, _ in found["told"]] == [0, 1, 2, 3, 4, 5]
+    done = [done for _, done, _ in found["told"]]  # two that end together are told at once
+    assert found["told"][0] == ["add_kernel", 0, 5] and done == sorted({*done, 5}), "each is more than the one before"
     assert found["ended"] == [True, True]
     assert {path.suffix for path in tmp_path.iterdir()} == {".cubin"}
 
