@@ -152,7 +152,7 @@ def error_as_json(error: BaseException) -> list[str]:
 
 
 def error_of(found: Sequence[str]) -> Exception:
-    """The error that another process has raised. One that nobody expected is a `RuntimeError`."""
+    """The error that another process has raised. An unexpected one becomes a `RuntimeError`."""
     name, message = found
     return _ERRORS.get(name, RuntimeError)(message)
 

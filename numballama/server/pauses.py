@@ -18,7 +18,7 @@ class Pauses:
         """Who waits, by the end of the pause in `STEP_S`."""
 
     def start(self, seconds: float) -> asyncio.Future[None]:
-        """A future that is set after so many seconds, or up to `STEP_S` later. Others may set it earlier."""
+        """A future that is set after this many seconds, at most `STEP_S` late. Others may set it earlier."""
         loop = asyncio.get_running_loop()
         end = math.ceil((loop.time() + seconds) / STEP_S)
         waiting = self._waiting.get(end)

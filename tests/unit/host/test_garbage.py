@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -25,13 +26,33 @@ def usual() -> Iterator[None]:
 
 
 def collections_of(count: int) -> int:
-    """How often the collector looks at objects while so many are made."""
+    """Number of collections that start while `count` objects are made."""
     found: list[str] = []
     gc.callbacks.append(note := lambda phase, _: found.append(phase))
     kept = [[] for _ in range(count)]  # type: ignore[var-annotated]
     gc.callbacks.remove(note)
     assert len(kept) == count
     return found.count("start")
+
+
+@contextlib.contextmanager
+def another_thread_compiles() -> Iterator[None]:
+    """A thread is in `seldom_collected` until this block ends."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with seldom_collected():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
 
 
 def test_few_collections_inside() -> None:
@@ -42,54 +63,32 @@ def test_few_collections_inside() -> None:
 
 
 def test_the_last_thread_brings_it_back() -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with seldom_collected():
-            entered.set()
-            leave.wait()
-
     def fail() -> None:
         raise KeyError
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    entered.wait()
-    with pytest.raises(KeyError), seldom_collected():
-        fail()
-    assert gc.get_threshold() == (AT_ONCE, 10, 10)
-    leave.set()
-    thread.join()
+    with another_thread_compiles():
+        with pytest.raises(KeyError), seldom_collected():
+            fail()
+        assert gc.get_threshold() == (AT_ONCE, 10, 10)
     assert gc.get_threshold() == (700, 10, 10)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_has_it_back() -> None:
     """One forked while another thread compiles, which the child does not have; and one that ends a block itself."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
+    with another_thread_compiles():
         with seldom_collected():
-            entered.set()
-            leave.wait()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    entered.wait()
-    with seldom_collected():
-        child = os.fork()
-        found = [gc.get_threshold()]
-    if child == 0:
-        try:
-            signal.alarm(20)
-            with seldom_collected():
+            child = os.fork()
+            found = [gc.get_threshold()]
+        if child == 0:
+            try:
+                signal.alarm(20)
+                with seldom_collected():
+                    found.append(gc.get_threshold())
                 found.append(gc.get_threshold())
-            found.append(gc.get_threshold())
-            os._exit(0 if found == [(700, 10, 10), (AT_ONCE, 10, 10), (700, 10, 10)] else 1)
-        finally:
-            os._exit(99)
-    leave.set()
-    thread.join()
+                os._exit(0 if found == [(700, 10, 10), (AT_ONCE, 10, 10), (700, 10, 10)] else 1)
+            finally:
+                os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gc.get_threshold() == (700, 10, 10)
 
