@@ -273,6 +273,47 @@ def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore
 
 
 @intrinsic
+def st_async_parts(typingctx, sums, at, barrier, rank):  # type: ignore[no-untyped-def]
+    """Send `sums` to block `rank` of the cluster, whose mbarrier counts their bytes: four numbers for each 8 columns,
+    2,048 bytes apart from `at` on.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        where = [as_integer(context, builder, a, t, types.int32) for a, t in
+                 zip(args[1:], signature.args[1:], strict=True)]  # fmt: skip
+        for unit in range(len(parts) // 4):
+            text = (
+                "{.reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; "
+                "mapa.shared::cluster.u32 counted, $1, $2; "
+                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                f"[there+{2048 * unit}], {{$3, $4, $5, $6}}, [counted];}}"
+            )
+            call_asm(builder, VOID, text, "r,r,r,f,f,f,f,~{memory}", [*where, *parts[4 * unit : 4 * unit + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, at, barrier, rank), codegen
+
+
+@intrinsic
+def add_shared_parts(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """`sums`, plus those that `st_async_parts` has sent to `at`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        where = as_integer(context, builder, args[1], at, types.int32)
+        loaded = ir.LiteralStructType([F32] * 4)
+        for unit in range(len(parts) // 4):
+            text = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{2048 * unit}];"
+            four = call_asm(builder, loaded, text, "=f,=f,=f,=f,r,~{memory}", [where])
+            for i in range(4):
+                parts[4 * unit + i] = builder.fadd(parts[4 * unit + i], builder.extract_value(four, i))
+        return context.make_tuple(builder, sums, parts)
+
+    return sums(sums, at), codegen
+
+
+@intrinsic
 def st_system_parts(typingctx, sums, at):  # type: ignore[no-untyped-def]
     """Store four numbers of `sums` for each 8 columns, 2,048 bytes apart, so that other devices see them at once."""
 

@@ -15,8 +15,14 @@ require_gpu()
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_kernels")]
 
+from collections.abc import Callable
+from unittest import mock
+
 from numballama.config import ModelConfig
+from numballama.cuda.driver import Device
+from numballama.cuda.ops import skinny, wide
 from numballama.session import Session
+from tests.cuda import gemm_cases, rank_cases, skinny_cases, wgmma_cases
 from tests.cuda.checks import SHARE, Bench, Pair, check_draws, check_rows, check_runs, check_whole_runs, run_checked
 from tests.cuda.gpu import LOGITS, fill_cache
 from tests.helpers.sampling import make_sampler
@@ -62,3 +68,35 @@ def test_sanitize_sampling(bench: Bench) -> None:
         for _ in range(5):
             token = session.step(int(token or 0), sampler)
     pair.close()
+
+
+TENSOR_CORES: dict[str, Callable[[], list[gemm_cases.Case]]] = {
+    "mma.sync, many tokens": lambda: gemm_cases.cases(("f32", "bf16", "q4_0", "q5_k", "q6_k")),
+    "mma.sync, few tokens": lambda: skinny_cases.cases(("f16", "int8", "q4_1", "q4_k")),
+    "wgmma, few tokens": skinny_cases.small_wide_cases,
+    "wgmma, many tokens": wgmma_cases.small_cases,
+    "attention by wgmma": wgmma_cases.cases,
+}
+"""Kernels that models of this size do not launch, with the smallest cases of each."""
+
+
+@pytest.mark.parametrize("kernels", TENSOR_CORES)
+def test_sanitize_tensor_cores(kernels: str) -> None:
+    device, many = Device(), "many tokens" in kernels
+
+    def machine_of(tokens: int) -> gemm_cases.Real:
+        machine = gemm_cases.Real(device, tokens)
+        return gemm_cases.without_wgmma(machine) if "mma.sync" in kernels else machine
+
+    if "wgmma" in kernels and not machine_of(1).ctx.wgmma:
+        pytest.skip("this GPU has no wgmma")
+    with (
+        mock.patch.object(skinny, "MOST", 1 if many else skinny.MOST),
+        mock.patch.object(wide, "MOST", 1 if many else wide.MOST),
+    ):
+        assert not gemm_cases.check_all(machine_of, TENSOR_CORES[kernels]())
+
+
+def test_sanitize_ranks() -> None:
+    """Two ranks on one GPU, whose kernels must run at the same time."""
+    assert not gemm_cases.check_all(rank_cases.ranks_maker(()), rank_cases.cases(2, everything=False))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from numballama.cuda.launch import Launch
+from numballama.cuda.launch import Launch, LaunchContext, Matrix
 from numballama.cuda.ops import attention as attention_ops
 from numballama.cuda.ops import skinny, wgmma_gemm, wide
 from tests.cuda.gemm_cases import (
@@ -34,19 +34,27 @@ def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **nam
     return check(machine, *arguments, **named)
 
 
-def by_bulk_copies(machine: Any, *arguments: Any, n_sms: int = 1, **named: Any) -> float:
-    """Attention by the kernels of `bulk_attention`, on a device with these multiprocessors, even for few rows."""
-    launched: list[str] = []
+def noted(machine: Any) -> list[Launch]:
+    """The launches that the machine executes from now on."""
+    launched: list[Launch] = []
     execute = machine.execute
 
-    def noted(launches: Sequence[Launch]) -> None:
-        launched.extend(launch.name for launch in launches)
+    def execute_noted(launches: Sequence[Launch]) -> None:
+        launched.extend(launches)
         execute(launches)
 
-    with mock.patch.object(attention_ops, "BULK_FROM", 2), mock.patch.object(machine, "execute", noted):
+    machine.execute = execute_noted
+    return launched
+
+
+def by_bulk_copies(machine: Any, *arguments: Any, n_sms: int = 1, **named: Any) -> float:
+    """Attention by the kernels of `bulk_attention`, on a device with these multiprocessors, even for few rows."""
+    launched = noted(machine)
+    with mock.patch.object(attention_ops, "BULK_FROM", 2):
         machine.ctx = replace(machine.ctx, n_sms=n_sms)
         worst = attention(machine, *arguments, **named)
-    assert any(name.startswith("attention_bulk") for name in launched), f"by {launched}"
+    names = [launch.name for launch in launched]
+    assert any(name.startswith("attention_bulk") for name in names), f"by {names}"
     return worst
 
 
@@ -115,6 +123,20 @@ def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
         return worst
 
 
+def in_halves(machine: Any, kind: str, capacity: int, columns: int, rows: int, tokens: int) -> float:
+    """Two blocks have half of K each, for a linear layer and for queries, keys and values; two tiles a block."""
+
+    def halved(_: LaunchContext, weights: Sequence[Matrix], paired: bool = False) -> bool:
+        return weights[0].quantized or weights[0].scales.dtype != "f32"
+
+    with mock.patch.object(wgmma_gemm, "is_halved", halved):
+        launched = noted(machine)
+        worst = few_blocks(machine, linear, kind, capacity, columns, rows, tokens, residual=True, normed=False)
+        worst = max(worst, qkv_rope(machine, kind, capacity, columns, (2, 1), 64, 0, "f16", tokens))
+    assert any(launch.grid[-1] == launch.cluster == 2 for launch in launched), "no cluster was launched"
+    return worst
+
+
 def in_tall_tiles(machine: Any, kind: str, tokens: int) -> float:
     """Tiles of 256 tokens, several a block."""
     with mock.patch.object(wgmma_gemm, "tall_wins", return_value=True):
@@ -153,6 +175,8 @@ def large_cases() -> list[Case]:
             add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
     for kind in QUANTISED:
         add(f"{kind}, tiles of 256 tokens", 590, in_tall_tiles, kind)
+    for kind in ("f16", "bf16", *QUANTISED):
+        add(f"{kind}, halves of K", 300, in_halves, kind, 400, 1792 + 64 * (kind in ("f16", "q8_0")), 500)
     for tokens in (9, 129):
         add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
     add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
@@ -182,6 +206,8 @@ def small_cases() -> list[Case]:
     add("linear q4_0, several tiles a block", 18, few_blocks, linear, "q4_0", 20, 224, 140, residual=False, normed=True)
     add("gate_up q8_0", 12, gate_up, "q8_0", 12, 96, 68, normed=True)
     add("qkv q4_k", 12, qkv_rope, "q4_k", 12, 256, (3, 1), 64, 0, "f16")
+    add("f16, halves of K", 70, in_halves, "f16", 72, 328, 140)
+    add("q4_k, halves of K", 140, in_halves, "q4_k", 140, 512, 100)
     add("q6_k, tiles of 256 tokens", 131, in_tall_tile, "q6_k")
     return made
 

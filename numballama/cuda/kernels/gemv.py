@@ -34,7 +34,7 @@ from ..intrinsics import (
     shared_address,
 )
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
-from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, prefetch_norm, silu_and_mul
+from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, prefetch_norm_line, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
 from .linear_sums import add_up, link_of, send
@@ -160,7 +160,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
     a row, pairs per block, blocks with one pair more, and stages to copy ahead.
     """
-    prefetch_norm(norm, normed, 0, columns)
+    prefetch_norm_line(norm, normed, columns)
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, prefetch = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     n_pairs, elements, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)

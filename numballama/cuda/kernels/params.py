@@ -81,6 +81,10 @@ WGMMA_ROWS, WGMMA_STEP_COLUMNS = 128, 64
 WGMMA_CONSUMERS, WGMMA_LOADERS, WGMMA_TALL_LOADERS = 256, 256, 128
 """Threads of a block that multiply; threads that load weights which must be decoded, and where a tile has 256 tokens.
 Of other weights it is a warp."""
+WGMMA_NARROW = 128
+"""Rows of a tile of a weight that must be decoded or is float32, or of which two blocks have half of K each."""
+WGMMA_HALF_BYTES = 16 + 4 * 64 * WGMMA_NARROW
+"""Shared memory for what one of these blocks gets from the other: two mbarriers and a warpgroup's sums."""
 WGMMA_STAGES, WGMMA_TALL_STAGES = {128: 6, 192: 5, 224: 5, 256: 4}, 4
 """Rows of W of a block → stages of its ring; stages where a tile has 256 tokens."""
 

@@ -9,6 +9,10 @@ ahead and decode them (`wgmma_loads`). So loading goes on while a tile's results
 Where a tile of queries, keys or values has whole heads, they are finished in registers, too: queries and keys are
 rotated, keys and values go to the KV cache (`write_heads`). Otherwise that is a kernel of its own.
 
+Where tiles are so few that a run of 512 tokens would leave half of the multiprocessors idle, two blocks, a cluster,
+have half of K each (`exchange_halves`). Each warpgroup sends its sums to the other block or gets those of the other
+block, adds them and finishes 64 tokens.
+
 Where ranks on several GPUs add up results, they are sent from registers to all of them as soon as a tile is done
 (`send_piece`), in the order in which lanes have them, so that 512 bytes of a warp are together. The link is busy while
 the next tile is multiplied. A kernel of its own adds them up (`collectives.add_up_pieces_kernel`).
@@ -21,7 +25,8 @@ Why. mma.sync, as `gemm.py` uses it, does half as many operations a second. The 
 float32 comes as two pieces in float16 each of X and of W (`round_kernel`), and three products of these are added up:
 what is left out is 2^-22 of a product. So it costs three times as much.
 
-A row's bits do not depend on the number of tokens, nor on the width.
+A row's bits do not depend on the number of tokens, nor on the width: whether K is halved depends on the weight and on
+the device.
 """
 
 from __future__ import annotations
@@ -29,7 +34,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..barriers import mbarrier_arrive, mbarrier_wait
+from ..barriers import mbarrier_arrive, mbarrier_init, mbarrier_wait
+from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, mbarrier_arrive_at
 from ..fragments import is_float32
 from ..intrinsics import (
     address,
@@ -39,14 +45,16 @@ from ..intrinsics import (
 )
 from ..mma import row_scale, st_global_rows
 from ..quant_traits import has_scales, scale_bytes
-from ..tma import div_u32
+from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
 from ..wgmma import (
     DESCRIPTOR,
     add_global_rows,
     add_parts,
+    add_shared_parts,
     rotate_rows,
     scale_columns,
     silu_and_mul_halves,
+    st_async_parts,
     st_cache_rows,
     st_system_parts,
     wgmma_end,
@@ -55,6 +63,7 @@ from ..wgmma import (
 )
 from .common import device, launch_bounds
 from .params import WGMMA_CONSUMERS as CONSUMERS
+from .params import WGMMA_NARROW as NARROW
 from .params import WGMMA_ROWS as ROWS
 from .wgmma_loads import (
     ROW_BYTES,
@@ -195,6 +204,44 @@ def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections,
 
 
 @device
+def meet(ring):
+    """Where two blocks have half of K each: make the mbarriers `received` and `read` after the ring's, and wait for the
+    other block.
+    """
+    if cuda.gridDim.z > 1:
+        received = ring[4] + 8 * ring[2]
+        if cuda.threadIdx.x == 0:
+            mbarrier_init(received, 1)
+            mbarrier_init(received + 8, CONSUMERS // 64)
+            fence_mbarrier_init()
+        barrier_cluster_arrive()
+        barrier_cluster_wait()
+
+
+@device
+def exchange_halves(sums, ring, phase):
+    """Send a warpgroup's sums to the other block, or add those that come from there. Returns the sums, and whether this
+    warpgroup finishes them: warpgroup 0 does in block 0, warpgroup 1 in block 1.
+    """
+    received, other = ring[4] + 8 * ring[2], cuda.blockIdx.z ^ 1
+    read, thread = received + 8, cuda.threadIdx.x & 127
+    at = received + 16 + 16 * thread
+    mine = cuda.threadIdx.x >> 7 == cuda.blockIdx.z
+    if mine:
+        if thread == 0:
+            mbarrier_expect_tx(received, 4 * 128 * len(sums))
+        mbarrier_wait(received, phase)
+        sums = add_shared_parts(sums, at)
+        cuda.syncwarp()
+        if thread & 31 == 0:
+            mbarrier_arrive_at(read, other)
+    else:
+        st_async_parts(sums, at, received, other)
+        mbarrier_wait(read, phase)  # until then the other block's memory is in use, and that block arrives here
+    return sums, mine
+
+
+@device
 def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
              added, heads, outs, link):  # fmt: skip
     """What the two warpgroups do that multiply. The tensor cores' sums have fewer bits than float32: those of pieces of
@@ -205,7 +252,7 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     a = DESCRIPTOR + ((base + (warp >> 2) * 64 * ROW_BYTES) >> 4)
     b = DESCRIPTOR + ((base + X_BYTES) >> 4)
-    group, slot, parity, before = cuda.blockIdx.x, 0, 0, 0
+    group, slot, parity, before, phase = cuda.blockIdx.x, 0, 0, 0, 0
     all_steps = 3 * steps if is_split(weight, row_scales[0]) else steps
     griddepcontrol_wait()
     while group < groups:
@@ -227,10 +274,15 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
             sums = add_parts(totals, sums)
         if lane == 0:
             mbarrier_arrive(empty + 8 * before)
-        tile = div_u32(group, row_groups)
-        t0 = (group - tile * row_groups) * ROWS + 16 * warp + (lane >> 2)
-        finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
-               heads, outs, link)  # fmt: skip
+        mine = True
+        if len(zeros) == NARROW // 2 and not is_split(weight, row_scales[0]) and cuda.gridDim.z > 1:
+            sums, mine = exchange_halves(sums, ring, phase)
+            phase ^= 1
+        if mine:
+            tile = div_u32(group, row_groups)
+            t0 = (group - tile * row_groups) * ROWS + 16 * warp + (lane >> 2)
+            finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
+                   heads, outs, link)  # fmt: skip
         group += cuda.gridDim.x
 
 
@@ -272,13 +324,16 @@ def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, toke
 
 @device
 def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, scale_stride, shift, paired, sizes,
-         sections, residual, added, heads, outs, steps, stages, bias, link):  # fmt: skip
-    """The body of the kernels here."""
+         sections, residual, added, heads, outs, steps, row_steps, stages, bias, link):  # fmt: skip
+    """The body of the kernels here: blockIdx.z counts halves of K."""
     w0, w1, w2 = weights
     s0, s1, s2 = weight_scales
     width = 2 * len(zeros)
     griddepcontrol_launch_dependents()
     ring = make_ring(ROWS, width, stages, has_scales(w0))
+    meet(ring)
+    first = (cuda.blockIdx.z * steps) & -4  # a multiple of 4 anyway: the decoders' addresses get simpler
+    steps = min(steps, row_steps - first)
     row_groups = (tokens[0] + ROWS - 1) >> 7
     tiles = row_groups, row_groups * (sections[0] + 2 * sections[1])
     if cuda.threadIdx.x < CONSUMERS:
@@ -287,30 +342,31 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
-        load_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, steps, bias)
+        load_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, first,
+                    first + steps, bias)  # fmt: skip
     elif cuda.threadIdx.x == CONSUMERS:
-        load_boxes(tiles, ring, x_map, maps, paired, sections, steps, is_split(w0, s0), width)
+        load_boxes(tiles, ring, x_map, maps, paired, sections, first, steps, is_split(w0, s0), width)
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, row_steps,
+                     stages, bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
                      interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 128 rows of W."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(64), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, row_steps,
+                      stages, bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
                       interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 128 rows of a quantised W and 256 tokens, for which W is decoded half as often."""
     where = positions, sequences, page_table, table_stride, log2_page
@@ -332,43 +388,43 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, row_steps,
+                     stages, bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
                      interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 192 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(96), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, row_steps,
+                     stages, bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
                      interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 224 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(112), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_256_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, row_steps,
+                     stages, bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
                      interleaved, first_section, peers, inbox_at, slot, rank, ranks):  # fmt: skip
     """Tiles of 256 rows of W, which has 16 bits."""
     where = positions, sequences, page_table, table_stride, log2_page
     heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(128), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
          paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
-         stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
+         row_steps, stages, bias, (peers, inbox_at, slot, rank, ranks))  # fmt: skip
 
 
 assert ROWS == 1 << 7

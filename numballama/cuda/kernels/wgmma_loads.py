@@ -90,21 +90,22 @@ def fetch_weights(to, maps, paired, tile, row_tiles, kv_tiles, width, column, fu
 
 
 @device
-def columns_of(k, steps, split):
-    """First columns of step `k` in X and in W. With `split` a row has two pieces of `steps` steps each, and the steps
-    are three times those: first pieces, X's second with W's first, X's first with W's second.
+def columns_of(k, first, steps, split):
+    """First columns of step `k` in X and in W, if a block begins with step `first` of a row. With `split`, where that
+    is 0, a row has two pieces of `steps` steps each, and the steps are three times those: first pieces, X's second with
+    W's first, X's first with W's second.
     """
     if not split or k < steps:
-        return k * STEP, k * STEP
+        return (first + k) * STEP, (first + k) * STEP
     if k < 2 * steps:
         return k * STEP, (k - steps) * STEP
     return (k - 2 * steps) * STEP, (k - steps) * STEP
 
 
 @device
-def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
-    """What the one thread does that loads weights in 16 bits. Weights that no kernel writes come before the wait;
-    pieces of float32 do not (`split`).
+def load_boxes(tiles, ring, x_map, maps, paired, sections, first, steps, split, width):
+    """What the one thread does that loads weights in 16 bits, `steps` steps of a row from `first` on. Weights that no
+    kernel writes come before the wait; pieces of float32 do not (`split`).
     """
     row_groups, groups = tiles
     base, stage, stages, full, empty, _ = ring
@@ -121,8 +122,8 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
     while k < early:
         no_unroll()
         mbarrier_expect_tx(full + 8 * k, stage)
-        fetch_weights(base + k * stage + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, k * STEP,
-                      full + 8 * k)  # fmt: skip
+        fetch_weights(base + k * stage + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width,
+                      (first + k) * STEP, full + 8 * k)  # fmt: skip
         k += 1
     griddepcontrol_wait()
     while group < groups:
@@ -132,7 +133,7 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
         while k < all_steps:
             no_unroll()
             ready, to = full + 8 * slot, base + slot * stage
-            x_column, w_column = columns_of(k, steps, split)
+            x_column, w_column = columns_of(k, first, steps, split)
             if early == 0:
                 mbarrier_wait(empty + 8 * slot, parity ^ 1)
                 mbarrier_expect_tx(ready, stage)
@@ -239,15 +240,15 @@ def place_of(rows):
 
 
 @device
-def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
-    """What two warpgroups do that load quantised weights.
+def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, begin, end, bias):
+    """What two warpgroups do that load quantised weights, steps `begin` to `end` of a row.
 
     Of two steps, 128 columns, a thread has 32 columns of two rows, and loads them two steps ahead. Four lanes share a
     row, so that a warp's load touches eight rows; those of the second step have their rows in another order, so that
     eight lanes store to different banks.
     """
     row_groups, groups = tiles
-    group, at, place, first = cuda.blockIdx.x, (0, 0), place_of(16), cuda.threadIdx.x & 3
+    group, at, place, first = cuda.blockIdx.x, (0, 0), place_of(16), 2 * begin + (cuda.threadIdx.x & 3)
     started = False
     if cuda.threadIdx.x == CONSUMERS:
         fence_tensormap(x_map)
@@ -263,13 +264,13 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
         if not started:
             griddepcontrol_wait()
             started = True
-        k, block = 0, first + 8
-        while k < steps:  # four steps: a move of what is loaded to another register would wait for it
+        k, block = begin, first + 8
+        while k < end:  # four steps: a move of what is loaded to another register would wait for it
             no_unroll()
-            at = put_two(ring, at, x_map, k, steps, row, loads, raw0, raw1, place, bias)
+            at = put_two(ring, at, x_map, k, end, row, loads, raw0, raw1, place, bias)
             raw0, raw1 = load_block(loads[0], block), load_block(loads[1], block)
-            if k + 2 < steps:
-                at = put_two(ring, at, x_map, k + 2, steps, row, loads, raw2, raw3, place, bias)
+            if k + 2 < end:
+                at = put_two(ring, at, x_map, k + 2, end, row, loads, raw2, raw3, place, bias)
                 raw2, raw3 = load_block(loads[0], block + 4), load_block(loads[1], block + 4)
             k += 4
             block += 8

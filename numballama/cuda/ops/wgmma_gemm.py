@@ -11,7 +11,9 @@ from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
     WGMMA_CONSUMERS,
+    WGMMA_HALF_BYTES,
     WGMMA_LOADERS,
+    WGMMA_NARROW,
     WGMMA_ROWS,
     WGMMA_STAGES,
     WGMMA_STEP_COLUMNS,
@@ -33,10 +35,10 @@ TALL_COST = 1.5
 """What a tile of 256 tokens costs of a quantised weight, where one of 128 costs 1."""
 TILE_COST = 16
 """What a tile costs beside its product, in rows of W: its results are stored and the ring fills again."""
-NARROW = 128
-"""Rows of a tile of a quantised or float32 weight: two threads decode a row, and there are two sets of sums."""
-
-
+MOST_TOKENS = 512
+"""Tokens of a chunk of a prompt, the most of any run."""
+LEAST_HALF = 16
+"""Steps of 64 columns from which on half of a row is worth a block of its own: an exchange of sums costs some six."""
 MAX_PIECES = 1 << 24
 """Elements of a float32 weight that are split into two pieces at a time."""
 
@@ -77,6 +79,19 @@ def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int, mu
     return min((width for width in WGMMA_STAGES if width % multiple == 0), key=cost)
 
 
+def is_halved(ctx: LaunchContext, weights: Sequence[Matrix], paired: bool = False) -> bool:
+    """Whether two blocks have half of K each.
+
+    They have if twice as many blocks run at once, whatever the number of tokens: on it a row's bits may not depend.
+    """
+    first = weights[0]
+    rows = [w.shape[0] for w in weights[: 1 if paired else 3]]
+    tiles = sum(ceil_div(each, WGMMA_NARROW // 2 if paired else WGMMA_NARROW) for each in rows)
+    long = first.shape[1] >= 2 * LEAST_HALF * WGMMA_STEP_COLUMNS
+    room = 2 * tiles * ceil_div(MOST_TOKENS, WGMMA_ROWS) <= ctx.n_sms
+    return long and room and (first.quantized or first.scales.dtype != "f32")
+
+
 def tall_wins(tokens: int, tiles: int, n_sms: int) -> bool:
     """Whether `tiles` tiles of rows of a quantised weight end sooner with 256 tokens each."""
     narrow, tall = (ceil_div(tiles * ceil_div(tokens, each), n_sms) for each in (WGMMA_ROWS, 2 * WGMMA_ROWS))
@@ -100,7 +115,7 @@ def finishes_heads(ctx: LaunchContext, tokens: int, weights: Sequence[Matrix], k
     """
     in_16_bits = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
     supported = in_16_bits and k_cache.shape[3] in (64, 128) and weights[0].payload.dtype != "f32"
-    tiles = sum(ceil_div(w.shape[0], NARROW) for w in weights)
+    tiles = sum(ceil_div(w.shape[0], WGMMA_NARROW) for w in weights)
     tall = weights[0].quantized and tall_wins(tokens, tiles, ctx.n_sms)
     return wanted(ctx, weights) and supported and not tall
 
@@ -127,14 +142,16 @@ def launch(
     """
     tokens, end, decoded = x.shape[0], w[0].shape[0], w[0].quantized
     rows, kv_rows = outs[0].shape[1], w[1].shape[0] if len(w) > 1 and not paired else 0
-    width = _width(ctx, tokens, w[0], paired, kv_rows, heads.head_dim if heads else 1)
+    halved = is_halved(ctx, w, paired)
+    width = WGMMA_NARROW if halved else _width(ctx, tokens, w[0], paired, kv_rows, heads.head_dim if heads else 1)
     box = width // 2 if paired else width
     row_tiles, kv_tiles = ceil_div(end, box), ceil_div(kv_rows, width)
     if heads:
         kv_rows = outs[1].shape[1] * heads.head_dim
     told = heads or _no_heads(ctx, outs[0])
-    tall = decoded and not heads and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
+    tall = decoded and not heads and not halved and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
     tile_tokens, stages = (2 * WGMMA_ROWS, WGMMA_TALL_STAGES) if tall else (WGMMA_ROWS, WGMMA_STAGES[width])
+    row_steps = ceil_div(columns, WGMMA_STEP_COLUMNS)
     w0, w1, w2 = _three(w)
     out, out_k, out_v = outs if heads else _three([_from(each, begin) for each in outs])
     maps: list[Argument] = [0 if decoded else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
@@ -145,15 +162,19 @@ def launch(
         stride=w0.stride, s0=w0.scales, s1=w1.scales, s2=w2.scales, scale_stride=w0.scale_stride, shift=w0.shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400,
-        angles=told.angles, **told.where, head_dim=told.head_dim, interleaved=told.interleaved, first_section=section,
-        **_link(ctx, out, sums),
+        out_v=out_v, steps=round_up(ceil_div(row_steps, 2), 4) if halved else row_steps,
+        row_steps=row_steps, stages=stages,
+        bias=0x64006400, angles=told.angles, **told.where, head_dim=told.head_dim, interleaved=told.interleaved,
+        first_section=section, **_link(ctx, out, sums),
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))
     stage_bytes = (tile_tokens + width) * 2 * WGMMA_STEP_COLUMNS
-    kernel = TALL if tall else KERNELS[width]
-    return Launch(kernel, (blocks,), threads, arguments, 1024 + stages * (stage_bytes + 16))
+    kernel, shared = TALL if tall else KERNELS[width], 1024 + stages * (stage_bytes + 16)
+    if halved:
+        clusters = min(blocks, max(1, ctx.n_sms // 2))
+        return Launch(kernel, (clusters, 1, 2), threads, arguments, shared + WGMMA_HALF_BYTES, cluster=2)
+    return Launch(kernel, (blocks,), threads, arguments, shared)
 
 
 def _width(
@@ -161,7 +182,7 @@ def _width(
 ) -> int:
     """The width of the tiles of a launch whose first weight this is."""
     if weight.quantized or weight.scales.dtype == "f32":
-        return NARROW
+        return WGMMA_NARROW
     return width_for(tokens, paired, weight.shape[0], kv_rows, ctx.n_sms, multiple)
 
 
@@ -179,7 +200,7 @@ def linear_all_reduce(
 ) -> list[Launch]:  # fmt: skip
     """The launches for one weight whose results are added up over ranks; it is not float32."""
     rows, tokens = weight.shape[0], x.shape[0]
-    width = _width(ctx, tokens, weight)
+    width = WGMMA_NARROW if is_halved(ctx, [weight]) else _width(ctx, tokens, weight)
     sent = launch(ctx, x, columns, scales, [weight], [out], residual, sums=sums)
     arguments = named(tokens=ctx.tokens, out=out, columns=rows, width=width, **sums.arguments(ctx))
     items = ceil_div(rows, width) * ceil_div(tokens, 64) * (width // 16)
