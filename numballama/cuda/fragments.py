@@ -11,7 +11,7 @@ Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py
 
 Decoded elements have the values that `expand_kernel` gives them: integer times scale, plus the minimum, rounded once to
 float16. Of q4_k and q5_k the minimum - 128 · scale is rounded to float32 before: exact where dmin is 2 to 1024 · d, as
-in files that are made for these types, and otherwise wrong by 2^-17 of the scale at most.
+in files that are made for these types, and otherwise off by half a float32's last bit of that difference.
 """
 
 from __future__ import annotations
