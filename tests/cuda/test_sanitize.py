@@ -18,7 +18,7 @@ require_gpu()
 
 pytestmark = pytest.mark.gpu
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 from numballama.config import ModelConfig
@@ -106,16 +106,26 @@ def test_sanitize_tensor_cores(kernels: str) -> None:
     if "wgmma" in kernels and not machine_of(1).ctx.wgmma:
         pytest.skip("this GPU has no wgmma")
     most = (1, 1) if "many tokens" in kernels else (skinny.MOST, wide.MOST)
-    cases = [case for case in TENSOR_CORES[kernels]() if "one slice" not in case[0]]
     with mock.patch.object(skinny, "MOST", most[0]), mock.patch.multiple(wide, MOST=most[1], divide=two_slices):
-        assert not gemm_cases.check_all(machine_of, cases)
+        assert not gemm_cases.check_all(machine_of, of_two_slices(TENSOR_CORES[kernels]()))
+
+
+def of_two_slices(cases: Iterable[gemm_cases.Case]) -> list[gemm_cases.Case]:
+    """Those whose rows are long enough for `two_slices`."""
+    return [case for case in cases if not any(name in case[0] for name in SHORT_ROWS)]
+
+
+SHORT_ROWS = "one slice", "kernels in turn", "sums rounded"
 
 
 def two_slices(tiles: int, columns: int, n_sms: int) -> wide.Division:
     """K in two halves."""
-    return wide.Division(ceil_div(ceil_div(columns, WIDE_STEP_COLUMNS), 2), 2)
+    steps = ceil_div(columns, WIDE_STEP_COLUMNS)
+    assert steps > 1, "memcheck calls a cluster of one block wrong"
+    return wide.Division(ceil_div(steps, 2), 2)
 
 
 def test_sanitize_ranks() -> None:
     """Two ranks on one GPU, whose kernels must run at the same time."""
-    assert not gemm_cases.check_all(rank_cases.ranks_maker(()), rank_cases.cases(2, everything=False))
+    with mock.patch.object(wide, "divide", two_slices):
+        assert not gemm_cases.check_all(rank_cases.ranks_maker(()), of_two_slices(rank_cases.cases(2)))
