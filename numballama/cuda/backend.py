@@ -21,6 +21,7 @@ from .compile_worker import compile_ahead
 from .compiler import compile_kernel
 from .decode_pipeline import LOOKAHEAD, Mailbox
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
+from .kernels.params import PROMPT_CHUNK
 from .launch import Array, Launch, Matrix, Peers, Specialization
 from .ops import skinny
 from .ops.gemm import FEW
@@ -57,7 +58,7 @@ class CudaBackend:
     """Weights and KV cache on one GPU."""
 
     name: ClassVar[BackendName] = "cuda"
-    prefill_chunk = 512
+    prefill_chunk = PROMPT_CHUNK
     default_kv_dtype: ClassVar[KVType] = "f16"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32",)
     in_host_memory: ClassVar[bool] = False

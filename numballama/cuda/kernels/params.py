@@ -11,6 +11,9 @@ from __future__ import annotations
 ELEMENTWISE_THREADS = 256
 """Threads per block."""
 
+PROMPT_CHUNK = 512
+"""The most tokens of a run: a prompt is computed in chunks of these."""
+
 # Linear layers for a few tokens (`gemv`, `dot`)
 
 GEMV_WARPS = 8

@@ -10,6 +10,7 @@ from ...memory import ceil_div, round_up
 from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
+    PROMPT_CHUNK,
     WGMMA_CONSUMERS,
     WGMMA_HALF_BYTES,
     WGMMA_LOADERS,
@@ -35,8 +36,6 @@ TALL_COST = 1.5
 """What a tile of 256 tokens costs of a quantised weight, where one of 128 costs 1."""
 TILE_COST = 16
 """What a tile costs beside its product, in rows of W: its results are stored and the ring fills again."""
-MOST_TOKENS = 512
-"""Tokens of a chunk of a prompt, the most of any run."""
 LEAST_HALF = 16
 """Steps of 64 columns from which on half of a row is worth a block of its own: an exchange of sums costs some six."""
 MAX_PIECES = 1 << 24
@@ -88,7 +87,7 @@ def is_halved(ctx: LaunchContext, weights: Sequence[Matrix], paired: bool = Fals
     rows = [w.shape[0] for w in weights[: 1 if paired else 3]]
     tiles = sum(ceil_div(each, WGMMA_NARROW // 2 if paired else WGMMA_NARROW) for each in rows)
     long = first.shape[1] >= 2 * LEAST_HALF * WGMMA_STEP_COLUMNS
-    room = 2 * tiles * ceil_div(MOST_TOKENS, WGMMA_ROWS) <= ctx.n_sms
+    room = 2 * tiles * ceil_div(PROMPT_CHUNK, WGMMA_ROWS) <= ctx.n_sms
     return long and room and (first.quantized or first.scales.dtype != "f32")
 
 
@@ -162,10 +161,9 @@ def launch(
         stride=w0.stride, s0=w0.scales, s1=w1.scales, s2=w2.scales, scale_stride=w0.scale_stride, shift=w0.shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=round_up(ceil_div(row_steps, 2), 4) if halved else row_steps,
-        row_steps=row_steps, stages=stages,
-        bias=0x64006400, angles=told.angles, **told.where, head_dim=told.head_dim, interleaved=told.interleaved,
-        first_section=section, **_link(ctx, out, sums),
+        out_v=out_v, steps=round_up(ceil_div(row_steps, 2), 4) if halved else row_steps, row_steps=row_steps,
+        stages=stages, bias=0x64006400, angles=told.angles, **told.where, head_dim=told.head_dim,
+        interleaved=told.interleaved, first_section=section, **_link(ctx, out, sums),
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))

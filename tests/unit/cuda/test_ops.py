@@ -15,6 +15,8 @@ import pytest
 
 from numballama import registry
 from numballama.cuda import ops
+from numballama.cuda.launch import Array, LaunchContext, Matrix
+from numballama.cuda.ops import wgmma_gemm
 from numballama.registry import KernelRef
 from tests.helpers.cuda_host import missing_packages
 
@@ -97,3 +99,37 @@ def test_the_order_of_imports_does_not_matter() -> None:
     entries: Any = found[0]
     assert all(other == entries for other in found)
     assert count == len(entries) > 80
+
+
+def matrix(kind: str, rows: int, columns: int) -> Matrix:
+    """A weight whose memory nobody looks at; int8 has scales in float32, float16 in two pieces has, too."""
+    scales = Array(0, (rows, 1), "f32" if kind in ("int8", "two pieces") else "f16")
+    return Matrix((rows, columns), Array(0, (rows, columns), "f16" if kind == "two pieces" else kind), columns, scales)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "n_sms", "want"),
+    [
+        ("f16", [2048], 5632, 132, True),
+        ("q4_0", [2048], 2048, 132, True),
+        ("int8", [2048], 2048, 132, True),
+        ("two pieces", [2048], 4096, 132, False),  # a thread has two sets of sums already
+        ("f16", [2048], 1984, 132, False),  # too short
+        ("f16", [4096], 11008, 132, False),  # 128 tiles of 512 tokens are enough
+        ("f16", [2048], 5632, 114, False),
+        ("f16", [1536, 256, 256], 2048, 132, True),
+        ("f16", [2048, 256, 256], 2048, 132, False),
+    ],
+)
+def test_k_is_halved(kind: str, rows: list[int], columns: int, n_sms: int, want: bool) -> None:
+    nothing = Array(0, (1,), "i32")
+    ctx = LaunchContext(n_sms, 0, nothing, nothing, lambda count: nothing, True, True)
+    assert wgmma_gemm.is_halved(ctx, [matrix(kind, each, columns) for each in rows]) is want
+
+
+def test_k_of_gate_and_up_is_halved() -> None:
+    """A tile has 64 rows of each."""
+    nothing = Array(0, (1,), "i32")
+    ctx = LaunchContext(132, 0, nothing, nothing, lambda count: nothing, True, True)
+    for rows, want in ((1024, True), (1088, False)):
+        assert wgmma_gemm.is_halved(ctx, [matrix("bf16", rows, 2048)] * 2, paired=True) is want
