@@ -41,8 +41,8 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def test_integers_with_128_give_the_same_elements() -> None:
-    """scale · (128 + n) + (min - 128 · scale) has the bits of scale · n + min if dmin is 2 to 1024 · d; of q6_k, whose min
-    is -32 · scale, always.
+    """scale · (128 + n) + (min - 128 · scale) has the bits of scale · n + min if dmin is 2 to 1024 · d; of q6_k, whose
+    min is -32 · scale, always.
     """
     rng = np.random.default_rng(4)
     n = np.arange(128, dtype=np.float32)
