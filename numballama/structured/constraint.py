@@ -23,11 +23,11 @@ BLOCK = 64
 """Masks that lie one behind the other, so that one call computes many."""
 MASK_THREADS = 4
 """Most threads that compute masks of one step."""
-
-
 COPIES = 8
 """Most copies of a compiled grammar. Texts of one copy share automata behind a lock, so their masks are computed one
 after the other."""
+_numbers = itertools.count()
+"""Numbers of grammars."""
 
 
 class GrammarError(Error):
@@ -70,6 +70,7 @@ class Grammar:
 
     def __init__(self, tokenizer: LLTokenizer, text: str, what: str, forces: bool = False) -> None:
         self.what, self.tokenizer, self._text = what, tokenizer, text
+        self.number = next(_numbers)
         matcher = make_matcher(tokenizer, text)
         if matcher.is_error():
             raise Error(f"{what} cannot be followed: {first_lines(matcher.get_error())}")
@@ -97,10 +98,11 @@ class Grammar:
         if len(self._copies) < COPIES:
             self._copies.append(make_matcher(self.tokenizer, self._text))
 
-    def start(self) -> LLMatcher:
-        """A matcher for a new text."""
+    def start(self) -> tuple[LLMatcher, int]:
+        """(a matcher for a new text, the number of the copy that it shares with others)."""
         copies = self._copies
-        return copies[next(self._numbers) % len(copies)].deep_copy()
+        number = next(self._numbers) % len(copies)
+        return copies[number].deep_copy(), number
 
     def start_forced(self) -> ForcedText | None:
         """What finds forced text of a new text. None: nothing does."""
@@ -127,7 +129,9 @@ class GrammarConstraint:
         from llguidance import LLMatcher
 
         self._grammar, self._blocks = grammar, blocks
-        self._matcher = grammar.start()
+        self._matcher, copy = grammar.start()
+        self._automata = grammar.number, copy
+        """Which automata its matcher has, that it may share with others."""
         self.forced: Sequence[int] = ()
         """Tokens that must follow the last one, and were accepted with it."""
         self._forced_tokens, self._forced_text = forced, None if forced is None else grammar.start_forced()
@@ -138,6 +142,7 @@ class GrammarConstraint:
         words = -(-vocab_size // 32)
         padded = words > blocks.words  # the model has more rows than the tokenizer has tokens
         self._mask = np.zeros(words, np.uint32) if padded else self._computed[:words]
+        self._words = memoryview(self._mask if padded else self._computed)  # whose items are Python's integers
         self._stops = _words_of(stop for stop in stops if stop < vocab_size)
         self._text_stops = _words_of(stop for stop in stops if stop < vocab_size and stop not in special)
         self._computed[:] = grammar.mask
@@ -162,14 +167,15 @@ class GrammarConstraint:
     def advance(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[bool | Exception]:
         """`accept` for many, in parallel. Does not hold Python's lock, except for a few microseconds each."""
         executor = _executor()
-        pairs: list[tuple[Any, int]] = [(each._matcher, token) for each, token in steps]
+        near = sorted(steps, key=lambda step: step[0]._automata)  # threads take neighbours, and share few locks
+        pairs: list[tuple[Any, int]] = [(each._matcher, token) for each, token in near]
         if len(pairs) == 1:  # with one, the lock would be held
             pairs.append((steps[0][0]._nothing, steps[0][0]._grammar.end))
         executor.consume_token_par(pairs)
-        for each, token in steps:
+        for each, token in near:
             each._push(token)
-        _compute_masks([each for each, _ in steps])
-        _compute_masks(_accept_forced(steps))
+        _compute_masks([each for each, _ in near])
+        _compute_masks(_accept_forced(near))
         return [each._result() for each, _ in steps]
 
     def _push(self, token: int) -> None:
@@ -197,18 +203,18 @@ class GrammarConstraint:
 
     def _finish_mask(self) -> bool:
         """Allow stop tokens where the text may end. True: nothing else may come."""
-        mask, computed, end = self._mask, self._computed, self._grammar.end
-        bit = np.uint32(1 << (end & 31))
-        may_end = bool(computed[end >> 5] & bit)
-        computed[end >> 5] &= ~bit
-        if len(mask) > len(computed):
-            mask[: len(computed)] = computed
-        if may_end and not mask.any():
+        words, end = self._words, self._grammar.end
+        if len(self._mask) > len(self._computed):
+            self._mask[: len(self._computed)] = self._computed
+        place, bit = end >> 5, 1 << (end & 31)
+        may_end = bool(words[place] & bit)
+        words[place] &= ~bit
+        if may_end and not self._mask.any():
             return True
-        for word, bits in self._stops if may_end else ():
-            mask[word] |= bits
-        for word, bits in () if may_end else self._text_stops:
-            mask[word] &= ~bits
+        for place, bits in self._stops if may_end else ():
+            words[place] |= bits
+        for place, bits in () if may_end else self._text_stops:
+            words[place] &= ~bits
         return False
 
 
@@ -227,13 +233,13 @@ def _accept_forced(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[Gramm
         return []
     tokens = able[0][0]._forced_tokens
     assert tokens is not None
-    forced = tokens.may_be_forced(np.stack([each._computed for each, _ in able]))
+    forced = tokens.may_be_forced([each._computed for each, _ in able])
     return [each for (each, token), may in zip(able, forced, strict=True) if may and each._accept_next(token)]
 
 
-def _words_of(tokens: Any) -> list[tuple[int, np.uint32]]:
+def _words_of(tokens: Any) -> list[tuple[int, int]]:
     """(word of a mask, bits in it) of some tokens."""
     words: dict[int, int] = {}
     for token in tokens:
         words[token >> 5] = words.get(token >> 5, 0) | 1 << (token & 31)
-    return [(word, np.uint32(bits)) for word, bits in words.items()]
+    return list(words.items())
