@@ -142,7 +142,7 @@ class GrammarConstraint:
         words = -(-vocab_size // 32)
         padded = words > blocks.words  # the model has more rows than the tokenizer has tokens
         self._mask = np.zeros(words, np.uint32) if padded else self._computed[:words]
-        self._words = memoryview(self._mask if padded else self._computed)  # whose items are Python's integers
+        self._words = (self._mask if padded else self._computed).data  # its items are Python's integers
         self._stops = _words_of(stop for stop in stops if stop < vocab_size)
         self._text_stops = _words_of(stop for stop in stops if stop < vocab_size and stop not in special)
         self._computed[:] = grammar.mask
