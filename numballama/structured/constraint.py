@@ -26,8 +26,6 @@ MASK_THREADS = 4
 COPIES = 8
 """Most copies of a compiled grammar. Texts of one copy share automata behind a lock, so their masks are computed one
 after the other."""
-_numbers = itertools.count()
-"""Numbers of grammars."""
 
 
 class GrammarError(Error):
@@ -70,7 +68,6 @@ class Grammar:
 
     def __init__(self, tokenizer: LLTokenizer, text: str, what: str, forces: bool = False) -> None:
         self.what, self.tokenizer, self._text = what, tokenizer, text
-        self.number = next(_numbers)
         matcher = make_matcher(tokenizer, text)
         if matcher.is_error():
             raise Error(f"{what} cannot be followed: {first_lines(matcher.get_error())}")
@@ -98,11 +95,10 @@ class Grammar:
         if len(self._copies) < COPIES:
             self._copies.append(make_matcher(self.tokenizer, self._text))
 
-    def start(self) -> tuple[LLMatcher, int]:
-        """(a matcher for a new text, the number of the copy that it shares with others)."""
+    def start(self) -> LLMatcher:
+        """A matcher for a new text."""
         copies = self._copies
-        number = next(self._numbers) % len(copies)
-        return copies[number].deep_copy(), number
+        return copies[next(self._numbers) % len(copies)].deep_copy()
 
     def start_forced(self) -> ForcedText | None:
         """What finds forced text of a new text. None: nothing does."""
@@ -129,9 +125,7 @@ class GrammarConstraint:
         from llguidance import LLMatcher
 
         self._grammar, self._blocks = grammar, blocks
-        self._matcher, copy = grammar.start()
-        self._automata = grammar.number, copy
-        """Which automata its matcher has, that it may share with others."""
+        self._matcher = grammar.start()
         self.forced: Sequence[int] = ()
         """Tokens that must follow the last one, and were accepted with it."""
         self._forced_tokens, self._forced_text = forced, None if forced is None else grammar.start_forced()
@@ -167,15 +161,14 @@ class GrammarConstraint:
     def advance(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[bool | Exception]:
         """`accept` for many, in parallel. Does not hold Python's lock, except for a few microseconds each."""
         executor = _executor()
-        near = sorted(steps, key=lambda step: step[0]._automata)  # threads take neighbours, and share few locks
-        pairs: list[tuple[Any, int]] = [(each._matcher, token) for each, token in near]
+        pairs: list[tuple[Any, int]] = [(each._matcher, token) for each, token in steps]
         if len(pairs) == 1:  # with one, the lock would be held
             pairs.append((steps[0][0]._nothing, steps[0][0]._grammar.end))
         executor.consume_token_par(pairs)
-        for each, token in near:
+        for each, token in steps:
             each._push(token)
-        _compute_masks([each for each, _ in near])
-        _compute_masks(_accept_forced(near))
+        _compute_masks([each for each, _ in steps])
+        _compute_masks(_accept_forced(steps))
         return [each._result() for each, _ in steps]
 
     def _push(self, token: int) -> None:
