@@ -49,10 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--forced", action="store_true", help="accept forced text too, as without logprobs")
     words = parser.parse_args()
     tokenizer = numballama.load_tokenizer(words.tokenizer)
     ids = tokenizer.encode_continuation(TEXT.encode())
-    params = SamplingParams(json_schema=json.dumps(SCHEMA), logprobs=0)  # with logprobs each token is sampled
+    logprobs = None if words.forced else 0  # with logprobs each token is sampled
+    params = SamplingParams(json_schema=json.dumps(SCHEMA), logprobs=logprobs)
     for _ in range(8):  # as for a grammar that many requests use
         make = compile_constraint(params, tokenizer)
     assert make is not None
@@ -68,19 +70,21 @@ def main() -> None:
         for number, (constraint, place) in enumerate(texts):
             if isinstance(ended[number], Exception):
                 raise RuntimeError(ended[number])
-            texts[number] = (constraint, place + 1) if place + 1 < len(ids) else _begin(make, ids, 0)
+            place += 1 + len(constraint.forced)
+            texts[number] = (constraint, place) if place < len(ids) else _begin(make, ids, 0)
     print(f"{tokenizer.vocab_size:,} tokens, {TEXTS} texts of {len(ids)} tokens")
     for name, times in (("wall", wall), ("calling thread", own), ("all threads", every)):
         print(f"{name:>15}: least {min(times):.2f} ms, median {statistics.median(times):.2f} ms")
 
 
 def _begin(make: Callable[[], object], ids: list[int], place: int) -> tuple[GrammarConstraint, int]:
-    """A text of which `place` tokens have been accepted."""
-    constraint = make()
+    """A text of which `place` tokens have been accepted, and those that they force."""
+    constraint, at = make(), 0
     assert isinstance(constraint, GrammarConstraint)
-    for token in ids[:place]:
-        constraint.accept(token)
-    return constraint, place
+    while at < place:
+        constraint.accept(ids[at])
+        at += 1 + len(constraint.forced)
+    return constraint, at
 
 
 if __name__ == "__main__":

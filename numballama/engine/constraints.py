@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from .sequence import BatchConstraint, Constraint, Sequence
 SLOW_S = 0.01
 """A constraint that needs longer for a token is advanced by itself, so that others do not wait for it."""
 MASK_WAIT_S = 0.002
-"""How long a step waits for the next masks. Sequences whose mask is later have no row in its run."""
+"""How long a step waits for the next masks, once for each. Sequences whose mask is later have no row in its run."""
 IDLE_S = 0.05
 """How long a step that has nothing to compute waits for the next mask."""
 THREADS = 4
@@ -47,13 +48,15 @@ class ConstraintWorker:
         self._pool: ThreadPoolExecutor | None = None
         self._changed = threading.Condition()
         self._done: deque[Advance] = deque()
-        self._fast = self._slow = 0  # jobs that are not done
+        self._numbers = itertools.count()
+        self._running: set[int] = set()  # jobs that are not done
+        self._awaited: set[int] = set()  # those of them that the next step waits for
         self._alone: set[Constraint] = set()  # constraints that were slow at their last token
 
     @property
     def waiting(self) -> bool:
         """Whether there is or will be something to take."""
-        return bool(self._fast or self._slow or self._done)
+        return bool(self._running or self._done)
 
     def put(self, advances: Iterable[Advance]) -> None:
         """Advance constraints: each by one token."""
@@ -70,11 +73,14 @@ class ConstraintWorker:
 
     def _start(self, advances: list[Advance], fast: bool) -> None:
         assert self._pool is not None
+        number = next(self._numbers)
         with self._changed:
-            self._fast, self._slow = self._fast + fast, self._slow + (not fast)
-        self._pool.submit(self._run, advances, fast)
+            self._running.add(number)
+            if fast:
+                self._awaited.add(number)
+        self._pool.submit(self._run, advances, number)
 
-    def _run(self, advances: list[Advance], fast: bool) -> None:
+    def _run(self, advances: list[Advance], number: int) -> None:
         started = time.perf_counter()
         try:
             _advance(advances)
@@ -84,14 +90,19 @@ class ConstraintWorker:
         slow = time.perf_counter() - started > SLOW_S
         with self._changed:
             (self._alone.update if slow else self._alone.difference_update)(each.constraint for each in advances)
-            self._fast, self._slow = self._fast - fast, self._slow - (not fast)
+            self._running.discard(number)
+            self._awaited.discard(number)
             self._done.extend(advances)
             self._changed.notify_all()
 
     def take(self, wait_s: float = MASK_WAIT_S) -> list[Advance]:
-        """What is done by now. Waits up to `wait_s` seconds, but not for constraints that were slow before."""
+        """What is done by now. Waits up to `wait_s` seconds, but not for constraints that were slow before.
+
+        What is late once is not waited for again: a grammar that hangs delays one step, not all of them.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._fast, wait_s)
+            if not self._changed.wait_for(lambda: not self._awaited, wait_s):
+                self._awaited.clear()
             done = list(self._done)
             self._done.clear()
         return done

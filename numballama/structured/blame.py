@@ -10,13 +10,12 @@ from typing import Any
 
 from ..errors import Error
 from .checker import NotFollowedError
+from .formats import DEFINITIONS, NAMED
 from .lark import schema_grammar
+from .schema import VALUES
 
 FIND_S = 2.0
 """Time to look for the keyword, in seconds."""
-DEFINITIONS = ("$defs", "definitions")
-NAMED = ("properties", "patternProperties", *DEFINITIONS)
-"""Keywords with an object of schemas."""
 COMMON = ("properties", "required", "items", "additionalProperties", "type")
 """Keywords that are named only if no other is to blame, in this order."""
 _AROUND = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: | while processing json-schema:\S+")
@@ -64,7 +63,7 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for keyword, value in sorted(schema.items(), key=lambda item: item[0] not in DEFINITIONS):
         if keyword in NAMED:
             parts = [(f"{keyword}/{name}", inner) for name, inner in value.items()]
-        elif keyword in ("enum", "const"):
+        elif keyword in VALUES:
             continue
         elif isinstance(value, list):
             parts = [(f"{keyword}/{number}", inner) for number, inner in enumerate(value)]

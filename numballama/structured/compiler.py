@@ -46,8 +46,8 @@ def compile_constraint(
     `vocab_size` is the model's number of logits (default: the tokenizer's tokens), `stop_token_ids` are all tokens that
     end the text (default: the tokenizer's, and those of `params`).
 
-    Takes 2 to 20 ms for a usual grammar and at most some seconds; the first one of a tokenizer takes longer, about 1 s
-    for 128,000 tokens. Compiled grammars are kept, so calling it again costs microseconds. May be called from any
+    Takes 2 to 20 ms for a usual grammar and at most some seconds; the first one of a tokenizer takes longer, about
+    1.5 s for 128,000 tokens. Compiled grammars are kept, so calling it again costs microseconds. May be called from any
     thread, but not from an event loop's.
 
     Raises `Error` for a grammar that is invalid, too large, too slow or not enforced as a whole; `UnsupportedError`

@@ -23,8 +23,6 @@ BLOCK = 64
 """Masks that lie one behind the other, so that one call computes many."""
 MASK_THREADS = 4
 """Most threads that compute masks of one step."""
-
-
 COPIES = 8
 """Most copies of a compiled grammar. Texts of one copy share automata behind a lock, so their masks are computed one
 after the other."""
@@ -138,6 +136,7 @@ class GrammarConstraint:
         words = -(-vocab_size // 32)
         padded = words > blocks.words  # the model has more rows than the tokenizer has tokens
         self._mask = np.zeros(words, np.uint32) if padded else self._computed[:words]
+        self._words = (self._mask if padded else self._computed).data  # its items are Python's integers
         self._stops = _words_of(stop for stop in stops if stop < vocab_size)
         self._text_stops = _words_of(stop for stop in stops if stop < vocab_size and stop not in special)
         self._computed[:] = grammar.mask
@@ -197,18 +196,18 @@ class GrammarConstraint:
 
     def _finish_mask(self) -> bool:
         """Allow stop tokens where the text may end. True: nothing else may come."""
-        mask, computed, end = self._mask, self._computed, self._grammar.end
-        bit = np.uint32(1 << (end & 31))
-        may_end = bool(computed[end >> 5] & bit)
-        computed[end >> 5] &= ~bit
-        if len(mask) > len(computed):
-            mask[: len(computed)] = computed
-        if may_end and not mask.any():
+        words, end = self._words, self._grammar.end
+        if len(self._mask) > len(self._computed):
+            self._mask[: len(self._computed)] = self._computed
+        place, bit = end >> 5, 1 << (end & 31)
+        may_end = bool(words[place] & bit)
+        words[place] &= ~bit
+        if may_end and not self._mask.any():
             return True
-        for word, bits in self._stops if may_end else ():
-            mask[word] |= bits
-        for word, bits in () if may_end else self._text_stops:
-            mask[word] &= ~bits
+        for place, bits in self._stops if may_end else ():
+            words[place] |= bits
+        for place, bits in () if may_end else self._text_stops:
+            words[place] &= ~bits
         return False
 
 
@@ -227,13 +226,13 @@ def _accept_forced(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[Gramm
         return []
     tokens = able[0][0]._forced_tokens
     assert tokens is not None
-    forced = tokens.may_be_forced(np.stack([each._computed for each, _ in able]))
+    forced = tokens.may_be_forced([each._computed for each, _ in able])
     return [each for (each, token), may in zip(able, forced, strict=True) if may and each._accept_next(token)]
 
 
-def _words_of(tokens: Any) -> list[tuple[int, np.uint32]]:
+def _words_of(tokens: Any) -> list[tuple[int, int]]:
     """(word of a mask, bits in it) of some tokens."""
     words: dict[int, int] = {}
     for token in tokens:
         words[token >> 5] = words.get(token >> 5, 0) | 1 << (token & 31)
-    return [(word, np.uint32(bits)) for word, bits in words.items()]
+    return list(words.items())

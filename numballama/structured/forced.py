@@ -69,7 +69,8 @@ class ForcedTokens:
         self._sorted = sorted(set(view.tokens))
         self._longest = max(map(len, self._sorted), default=0)
         single = [token for token, data in enumerate(view.tokens) if len(data) == 1]
-        self._words = np.array([token >> 5 for token in single], np.intp)
+        self._words = np.array(sorted({token >> 5 for token in single}), np.intp)  # few, and most stand together
+        self._places = np.searchsorted(self._words, [token >> 5 for token in single])
         self._bits = np.array([1 << (token & 31) for token in single], np.uint32)
         self._bytes = np.array([view.tokens[token][0] for token in single], np.intp)
         self._kept: dict[tuple[int, bytes, int], Sequence[int]] = {}
@@ -78,9 +79,10 @@ class ForcedTokens:
         """The bytes that a token adds to a text."""
         return self._view.tokens[token]
 
-    def may_be_forced(self, masks: NDArray[np.uint32]) -> NDArray[np.bool_]:
-        """bool [n] for masks uint32 [n, words]: whether all allowed tokens of a single byte are of the same one."""
-        allowed = (masks[:, self._words] & self._bits) != 0
+    def may_be_forced(self, masks: Sequence[NDArray[np.uint32]]) -> NDArray[np.bool_]:
+        """bool [n] for n masks uint32 [words]: whether all allowed tokens of a single byte are of the same one."""
+        words = np.array([mask[self._words] for mask in masks])
+        allowed = (words[:, self._places] & self._bits) != 0
         least = np.where(allowed, self._bytes, 256).min(axis=1, initial=256)
         most = np.where(allowed, self._bytes, -1).max(axis=1, initial=-1)
         return least == most

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from ..errors import Error
+from .formats import with_patterns
 from .schema import check_schema
 
 MAX_GRAMMAR = 64 * 1024
@@ -109,7 +110,7 @@ def check_grammar(grammar: str) -> tuple[str, str]:
 
 
 def _embed(schema: str) -> str:
-    value = json.loads(schema)
+    value = with_patterns(json.loads(schema))
     return f"%json {json.dumps({**value, 'x-guidance': SCHEMA_OPTIONS}, separators=(',', ':'))}"
 
 

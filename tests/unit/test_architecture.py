@@ -63,7 +63,7 @@ ORDER = """
     backend session
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner
-    structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
+    structured: checker patterns rewrite disjoint schema vocabulary formats lark blame forced constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder text_model conversation
     export inspection

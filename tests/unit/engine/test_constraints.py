@@ -222,3 +222,20 @@ def test_a_slow_constraint_is_advanced_by_itself_until_it_is_fast() -> None:
     worker.put([advance(slow, 2), advance(fast, 2)])
     assert len(worker.take(10)) == 2
     worker.close()
+
+
+def test_what_is_late_is_waited_for_once() -> None:
+    """A grammar that hangs delays one step; what comes after it is waited for as ever."""
+    worker, gate = ConstraintWorker(), threading.Semaphore(0)
+    stuck, quick = Evens(gate=gate), Evens(seconds=0.005)
+    worker.put([advance(stuck, 2)])
+    assert worker.take(0.01) == []
+    started = time.perf_counter()
+    assert worker.take(30) == [] and worker.waiting
+    worker.put([advance(quick, 4)])
+    assert [each.constraint for each in worker.take(30)] == [quick]
+    assert time.perf_counter() - started < 15
+    gate.release()
+    worker.wait(30)
+    assert [each.constraint for each in worker.take(0)] == [stuck] and not worker.waiting
+    worker.close()

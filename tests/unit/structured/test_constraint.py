@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from numballama.engine.sequence import BatchConstraint, Constraint
 from numballama.errors import Error
 from numballama.sampling import SamplingParams
 from numballama.structured import compile_constraint
-from numballama.structured.constraint import BLOCK, GrammarConstraint, MaskBlocks
+from numballama.structured.checker import make_matcher
+from numballama.structured.constraint import BLOCK, Grammar, GrammarConstraint, MaskBlocks
 from numballama.tokenizers.base import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -117,3 +120,59 @@ def test_a_grammar_may_allow_the_empty_text(story: Tokenizer, regex: str) -> Non
 def test_a_grammar_must_allow_some_text(story: Tokenizer, regex: str) -> None:
     with pytest.raises(Error, match=r"regex (cannot be followed: no text fits it|allows only the empty text)"):
         make(story, regex)
+
+
+def plain(grammar: Grammar, text: list[int], size: int, stops: tuple[int, ...]) -> set[int] | None:
+    """What a text may go on with, from a matcher of its own. None: it has ended."""
+    matcher = make_matcher(grammar.tokenizer, grammar._text)
+    assert matcher.try_consume_tokens(text) == len(text)
+    bits = set(np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")))
+    tokens = {token for token in map(int, bits) if token != grammar.end}
+    if matcher.is_stopped() or (grammar.end in bits and not tokens):
+        return None
+    return tokens | {s for s in stops if s < size} if grammar.end in bits else tokens - set(stops)
+
+
+@pytest.mark.parametrize("extra", [0, 77])
+def test_masks_of_many_texts_are_those_of_each_alone(story: Tokenizer, extra: int) -> None:
+    """In any order, of several grammars with several copies, some of them ended or failed."""
+    rng, size, stops = random.Random(4), story.vocab_size + extra, (2, token(story, "e"))
+    options: list[dict[str, Any]] = [
+        {"json_schema": {"properties": {"a": {"type": "string", "maxLength": 9}, "b": {"type": "integer"}}}},
+        {"json_schema": {"type": "string", "format": "email"}},
+        {"regex": "[a-e]+( [0-9]{2})*"},
+    ]  # fmt: skip
+    makers = []
+    for each in options * 4:
+        found = compile_constraint(SamplingParams(**each, logprobs=0), story, vocab_size=size, stop_token_ids=stops)
+        assert found is not None
+        makers.append(found)
+    texts: dict[GrammarConstraint, list[int]] = {}
+    for each_maker in makers * 2:
+        constraint = each_maker()
+        assert isinstance(constraint, GrammarConstraint)
+        texts[constraint] = []
+    assert all(len(constraint._grammar._copies) > 2 for constraint in texts), "the test is about something"
+    for step in range(12):
+        steps: list[tuple[GrammarConstraint, int]] = []
+        for constraint, text in texts.items():
+            allow = sorted(allowed(constraint) - set(stops))
+            one = rng.choice(allow)
+            if step == 6 and constraint is next(iter(texts)):
+                one = next(each for each in range(3, size) if each not in allowed(constraint))
+            steps.append((constraint, one))
+            text.append(one)
+        rng.shuffle(steps)
+        for (constraint, _), result in zip(steps, GrammarConstraint.advance(steps), strict=True):
+            if isinstance(result, Exception):
+                assert step == 6 and constraint is next(iter(texts))
+                continue
+            expected = plain(constraint._grammar, texts[constraint], size, stops)
+            assert result is (expected is None)
+            assert result or allowed(constraint) == expected
+        failed = next(iter(texts)) if step == 6 else None
+        texts = {
+            c: text for c, text in texts.items() if c is not failed and allowed(c) - set(stops)
+            and plain(c._grammar, text, size, stops) is not None
+        }  # fmt: skip
+    assert texts, "the test is about something"
