@@ -63,8 +63,10 @@ def own_text(model: Model) -> str:
         max_tokens=OWN_TOKENS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, n=OWN_TEXTS
     )  # one request: all texts start in the same step, so that every step has the same rows whatever the timing
     texts = [""] * OWN_TEXTS
-    for response in model.stream(None, params=settings):
-        texts[response.index] += response.text
+    with progress.progress_bar("writing a text to calibrate with") as report:
+        for done, response in enumerate(model.stream(None, params=settings)):
+            texts[response.index] += response.text
+            report(f"token {done:,}", done, OWN_TEXTS * OWN_TOKENS)
     return "\n".join(texts)
 
 

@@ -61,16 +61,20 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
     options = {name: getattr(arguments, name) for name in names}
-    options["importance"] = _importance(arguments, options)
+    notes: list[str] = []
+    options["importance"] = _importance(arguments, options, notes)
     done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
     print(done)
-    for note in () if arguments.quiet else done.notes:  # also without a terminal: a log should show what was lost
+    for note in (
+        () if arguments.quiet else (*notes, *done.notes)
+    ):  # also without a terminal: a log should show what was lost
         print(note, file=sys.stderr)
 
 
-def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Importance | None:
-    """What a text, by default the model's own, says of the model's columns. None for types that do not use it."""
-    from .. import progress
+def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]) -> Importance | None:
+    """What a text, by default the model's own, says of the model's columns. None for types that do not use it, and,
+    with a note, for a model that writes none.
+    """
     from ..bench.perplexity import read_text
     from ..export import QUANTS
     from ..files import require_folder
@@ -96,5 +100,5 @@ def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Impor
     except Error as error:
         if given:
             raise
-        progress.info(f"the model writes no text of its own, so all inputs count alike: {error}")
+        notes.append(f"without a text of the model's own, so all inputs count alike: {error}")
         return None
