@@ -14,6 +14,7 @@ from . import progress
 from .errors import ContextError, Error
 from .ir import Graph
 from .model import Model
+from .sampling import SamplingParams
 
 WINDOW = 512
 """Tokens of the text that are read together, as in llama.cpp. Less where the model's context is shorter."""
@@ -21,6 +22,8 @@ MOST_TOKENS = 64 * WINDOW
 """Further tokens of a text are not read: the means have settled."""
 FLOOR = 1e-4
 """Least importance of a column, of a mean of 1: a column that this text does not need must not be given up."""
+OWN_TEXTS, OWN_TOKENS = 16, 64
+"""How many texts of how many tokens at most a model writes to be measured with."""
 
 Importance = Mapping[str, np.ndarray]
 """Name of a weight → float32 [columns], with a mean of 1."""
@@ -48,6 +51,23 @@ def measure(model: Model, text: str) -> Importance:
                     total = np.einsum("tc,tc->c", stop.rows, stop.rows, dtype=np.float64)
                     squares[stop.name] = squares.get(stop.name, 0) + total
     return {weight: _relative(squares[name]) for weight, name in inputs.items()}
+
+
+def own_text(model: Model) -> str:
+    """What the model writes after BOS alone: the same each time. `model` has room for `OWN_TEXTS` sequences.
+
+    Texts that follow the model's own probabilities are like those that it was trained on. Raises `Error` for a model
+    that has no tokenizer or no BOS.
+    """
+    settings = SamplingParams(
+        max_tokens=OWN_TOKENS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, n=OWN_TEXTS
+    )  # one request: all texts start in the same step, so that every step has the same rows whatever the timing
+    texts = [""] * OWN_TEXTS
+    with progress.progress_bar("writing a text to calibrate with") as report:
+        for done, response in enumerate(model.stream(None, params=settings)):
+            texts[response.index] += response.text
+            report(f"token {done:,}", done, OWN_TEXTS * OWN_TOKENS)
+    return "\n".join(texts)
 
 
 def _text_in_window(model: Model, bos: int) -> int:

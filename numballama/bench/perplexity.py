@@ -7,9 +7,10 @@ windows of llama.cpp's tools/perplexity, so the figures can be compared with its
 
     nll        -log p(token), in nats, of each counted token
     perplexity exp(mean nll); a model that knows nothing has the size of its vocabulary
+    ln ratio   mean (nll - nll_base), which is ln(perplexity / perplexity of the base)
     KL         sum of p_base · (log p_base - log p) over the vocabulary, at each counted token, in nats
 
-One row of logits is looked at at a time, in float64. Kept are two numbers for each counted token.
+One row of logits is looked at at a time, in float64. Kept are a few numbers for each counted token.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class Divergence:
     maximum: float
     same_top: float
     """Share of the positions, 0 to 1, at which both models have the same likeliest token."""
+    log_ratio: float
+    """ln(perplexity / perplexity of the base): the mean difference of nll, token by token. Below 0: better than it."""
+    log_ratio_error: float
+    """Its standard error, far less than those of both perplexities, because easy and hard tokens are the same ones."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Perplexity:
                 f"  KL divergence from {found.base}: mean {found.mean:.4g} ± {found.standard_error:.2g}",
                 f"    percentiles   {shares}   max {found.maximum:.4g}",
                 f"    the same likeliest token at {found.same_top:.2%} of the positions",
+                f"  ln(perplexity / perplexity of {found.base}): {found.log_ratio:+.4g} ± {found.log_ratio_error:.2g}",
             ]
         return "\n".join(lines)
 
@@ -124,7 +130,7 @@ def perplexity(
     windows = _windows(model, _ids(model, text, base), context, chunks)
     counted = context - context // 2 - 1
     nll = np.empty((len(windows), counted))
-    kl, same = np.empty_like(nll), np.empty(nll.shape, bool)
+    kl, base_nll, same = np.empty_like(nll), np.empty_like(nll), np.empty(nll.shape, bool)
     started = time.perf_counter()
     progress.info(f"perplexity of {len(windows):,} windows of {context:,} tokens, {nll.size:,} of them counted")
     with progress.progress_bar("perplexity") as report:
@@ -138,6 +144,7 @@ def perplexity(
                     if base_row is not None:
                         log_base = log_softmax(base_row)
                         kl[number, at] = np.exp(log_base) @ (log_base - log_p)
+                        base_nll[number, at] = -log_base[target]
                         same[number, at] = log_base.argmax() == log_p.argmax()
                     done, total = done + 1, total + nll[number, at]
                     report(f"{_exp(total / done):.4f} so far", done, nll.size)
@@ -153,7 +160,7 @@ def perplexity(
         perplexity=_exp(mean),
         standard_error=_exp(mean) * error,
         seconds=time.perf_counter() - started,
-        divergence=None if base is None else _divergence(base.path.name, kl, same),
+        divergence=None if base is None else _divergence(base.path.name, kl, same, nll - base_nll),
     )
 
 
@@ -267,7 +274,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(max(values.size - 1, 1))
 
 
-def _divergence(base: str, kl: np.ndarray, same: np.ndarray) -> Divergence:
+def _divergence(base: str, kl: np.ndarray, same: np.ndarray, more: np.ndarray) -> Divergence:
     mean, error = _mean(kl)
     percentiles = {f"{each:g}": float(np.percentile(kl, each)) for each in PERCENTILES}
-    return Divergence(base, mean, error, percentiles, float(kl.max()), float(same.mean()))
+    return Divergence(base, mean, error, percentiles, float(kl.max()), float(same.mean()), *_mean(more))

@@ -40,11 +40,15 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         help="f32, f16, bf16, q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1, q4_0 or int8, as the format allows; q4_k, q5_k "
         "and q6_k are llama.cpp's Q4_K_M, Q5_K_M and Q6_K (default: unchanged)",
     )
-    export.add_argument(
+    calibration = export.add_mutually_exclusive_group()
+    calibration.add_argument(
         "--calibrate",
         metavar="FILE",
         help="a text like those that the model will read: K-quants, q5_0 and q5_1 weigh rounding errors by how "
-        "large it makes each input",
+        "large it makes each input (default: 16 short texts that the model writes itself)",
+    )
+    calibration.add_argument(
+        "--no-calibrate", action="store_true", help="do not run the model: weigh the errors of all inputs alike"
     )
     hidden_alias(export, "--quant", "dtype")
     export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
@@ -57,28 +61,44 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
     options = {name: getattr(arguments, name) for name in names}
-    if arguments.calibrate is not None:
-        options["importance"] = _importance(arguments, options)
+    notes: list[str] = []
+    options["importance"] = _importance(arguments, options, notes)
     done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
     print(done)
-    for note in () if arguments.quiet else done.notes:  # also without a terminal: a log should show what was lost
+    for note in (
+        () if arguments.quiet else (*notes, *done.notes)
+    ):  # also without a terminal: a log should show what was lost
         print(note, file=sys.stderr)
 
 
-def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Importance:
-    """What the text of --calibrate says of the model's columns."""
+def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]) -> Importance | None:
+    """What a text, by default the model's own, says of the model's columns. None for types that do not use it, and,
+    with a note, for a model that writes none.
+    """
     from ..bench.perplexity import read_text
     from ..export import QUANTS
     from ..files import require_folder
-    from ..importance import WINDOW, measure
+    from ..importance import OWN_TEXTS, WINDOW, measure, own_text
     from ..model import Model
     from ..quantization.search import SEARCHING
 
+    given = arguments.calibrate is not None
     if arguments.dtype not in SEARCHING:
-        raise Error(f"--calibrate is for --dtype {', '.join(sorted(SEARCHING))}; found --dtype {arguments.dtype}")
+        if given:
+            raise Error(f"--calibrate is for --dtype {', '.join(sorted(SEARCHING))}; found --dtype {arguments.dtype}")
+        return None
     if arguments.dtype not in QUANTS.get(arguments.to, (arguments.dtype,)):
         raise Error(f"{arguments.to} cannot hold {arguments.dtype!r}; it holds {', '.join(QUANTS[arguments.to])}")
+    if arguments.no_calibrate or arguments.to not in QUANTS:
+        return None
     require_folder(arguments.target)
-    text = read_text(arguments.calibrate)
-    with Model(arguments.source, device="cpu", context=WINDOW, **options) as model:
-        return measure(model, text)
+    text = read_text(arguments.calibrate) if given else None
+    sequences = 1 if given else OWN_TEXTS
+    try:
+        with Model(arguments.source, device="cpu", context=WINDOW, max_sequences=sequences, **options) as model:
+            return measure(model, own_text(model) if text is None else text)
+    except Error as error:
+        if given:
+            raise
+        notes.append(f"without a text of the model's own, so all inputs count alike: {error}")
+        return None

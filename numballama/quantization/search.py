@@ -71,9 +71,16 @@ def _reciprocal(scale: Floats) -> Floats:
 
 
 def _weights(x: Floats, importance: Floats | None) -> Floats:
-    """How much the square of each element's error counts: more for large elements, times the column's importance."""
+    """How much the square of each element's error counts: a little more for large elements, times the column's
+    importance.
+
+    Plain least squares has the least RMS error, but large elements often lie in columns with large inputs. The square
+    root of ggml's rule for K-quants, about |x| + RMS of the group, is within 1 % of the least error of a layer's output
+    for every type; neither its rule nor least squares is (docs/quantize.md).
+    """
     squares = np.square(x)
-    weights = np.sqrt(squares + np.mean(squares, axis=-1, keepdims=True))
+    squares += np.mean(squares, axis=-1, keepdims=True)
+    weights = np.sqrt(np.sqrt(squares, out=squares), out=squares)
     return weights if importance is None else weights * importance
 
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import numballama
+from numballama.checkpoint import Weight
+from numballama.config import ModelConfig
 from numballama.errors import ContextError, Error
-from numballama.importance import FLOOR, inputs_of_weights, measure
+from numballama.export import WRITERS
+from numballama.importance import FLOOR, OWN_TEXTS, OWN_TOKENS, inputs_of_weights, measure, own_text
 from numballama.loader import open_checkpoint
 from numballama.model import Model
 from numballama.quantization.convert import dequantize
+from numballama.quantization.types import F32
 from tests.helpers.command_line import call
 
 STORY = Path(numballama.__file__).parent / "story.gguf"
@@ -74,24 +78,54 @@ def test_a_window_without_room_for_the_text(model: Model, monkeypatch: pytest.Mo
     assert all(np.isfinite(columns).all() for columns in found.values())
 
 
+def test_own_text_is_what_the_model_writes_after_bos() -> None:
+    with numballama.compile(None, device="cpu", max_sequences=OWN_TEXTS, context=512) as writer:
+        text = own_text(writer)
+        assert text == own_text(writer), "the same each time"
+        stories = text.split("\n")
+        assert len(stories) >= OWN_TEXTS and len(set(stories)) > OWN_TEXTS // 2, "different texts"
+        assert writer.tokenizer is not None
+        count = len(writer.tokenizer.encode(text, bos=False))
+        assert OWN_TEXTS * OWN_TOKENS / 4 < count < OWN_TEXTS * OWN_TOKENS * 1.1
+
+
 def test_the_output_is_closer(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What counts is the layer's output: its error for inputs of that text is less with calibration than without."""
+    """What counts is the layer's output: its error for inputs of a text is less with calibration by that text or by the
+    model's own than without.
+    """
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    for name, more in (("plain", ()), ("calibrated", ("--calibrate", text))):
+    copies = {"plain": ("--no-calibrate",), "own": (), "again": (), "calibrated": ("--calibrate", text)}
+    for name, more in copies.items():
         done = call(capsys, "export", STORY, tmp_path / name, "--to", "gguf", "--dtype", "q4_k", *more)
         assert done.code == 0, done.err
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "again").read_bytes()
     assert model.tokenizer is not None
     ids, inputs = model.tokenizer.encode(TEXT, bos=True), inputs_of_weights(model.value_reader.graph)
     ratios = []
     for name in ("layers.0.wq", "layers.1.w1", "layers.3.w2", "layers.3.wv", "layers.4.wo"):
         x, exact = model.values(ids, inputs[name]), dequantize(model.weights[name])
-        plain, calibrated = (
+        plain, own, calibrated = (
             float(np.square(x @ (exact - dequantize(open_checkpoint(tmp_path / copy).weights[name])).T).sum())
-            for copy in ("plain", "calibrated")
+            for copy in ("plain", "own", "calibrated")
         )
-        ratios.append(calibrated / plain)
-    assert np.mean(ratios) < 0.9, ratios
+        ratios.append((own / plain, calibrated / plain))
+    assert (np.mean(ratios, axis=0) < 0.9).all(), ratios
+
+
+def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no tokenizer: the export says so and weighs the errors of all inputs alike."""
+    config = ModelConfig(dim=256, hidden_dim=256, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=64, context=64)
+    rng = np.random.default_rng(0)
+    weights = {
+        name: Weight(shape, F32, rng.standard_normal(shape).astype(np.float32))
+        for name, shape in config.weight_shapes().items()
+    }
+    WRITERS["llama2c-v1"](tmp_path / "m.bin", config, weights)
+    for name, more in (("plain", ("--no-calibrate",)), ("own", ())):
+        done = call(capsys, "export", tmp_path / "m.bin", tmp_path / name, "--to", "gguf", "--dtype", "q4_k", *more)
+        assert done.code == 0 and ("so all inputs count alike" in done.err) == (name == "own"), done.err
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 def test_calibration_is_for_types_that_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,3 +135,6 @@ def test_calibration_is_for_types_that_search(tmp_path: Path, capsys: pytest.Cap
     done = call(capsys, "export", STORY, out, "--to", "gguf", "--dtype", "q4_k", "--calibrate", tmp_path / "none.txt")
     assert done.code == 1 and "none.txt: cannot be read" in done.err
     assert not out.exists()
+    flags = ("--calibrate", "text.txt", "--no-calibrate")
+    done = call(capsys, "export", STORY, out, "--to", "gguf", "--dtype", "q4_k", *flags)
+    assert done.code == 2 and "not allowed with argument --calibrate" in done.err

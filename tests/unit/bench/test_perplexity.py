@@ -65,6 +65,13 @@ def test_figures_are_numpys(model: Model, other: Model, context: int, windows: i
     assert found.divergence.maximum == pytest.approx(kl.max(), rel=1e-4)
     assert found.divergence.percentiles["90"] == pytest.approx(np.percentile(kl, 90), rel=1e-4)
     assert found.divergence.same_top == np.mean(log_p.argmax(1) == log_base.argmax(1))
+    more = nll + log_base[np.arange(len(tokens)), tokens]
+    assert found.divergence.log_ratio == pytest.approx(more.mean(), rel=1e-4, abs=1e-6)
+    base_alone = perplexity(other, ids, context)
+    assert found.perplexity / base_alone.perplexity == pytest.approx(np.exp(found.divergence.log_ratio), rel=1e-9)
+    if len(tokens) > 1:
+        error = more.std() / np.sqrt(len(tokens) - 1)
+        assert found.divergence.log_ratio_error == pytest.approx(error, rel=1e-4, abs=1e-6)
 
 
 def test_text_has_bos_in_every_window(model: Model) -> None:
@@ -94,6 +101,7 @@ def test_a_model_does_not_diverge_from_itself(model: Model, tiny_file: Path) -> 
         for base in (model, again):
             found = perplexity(model, ids, 60, base=base).divergence
             assert found is not None and (found.mean, found.maximum, found.same_top) == (0, 0, 1)
+            assert (found.log_ratio, found.log_ratio_error) == (0, 0)
 
 
 def test_what_is_refused(model: Model, tmp_path: Path, tiny_file: Path) -> None:

@@ -71,15 +71,30 @@ def rms(x: np.ndarray, y: np.ndarray) -> float:
 @given(tail=TAILS, seed=st.integers(0, 2**32), blocks=st.integers(1, 3))
 @settings(max_examples=40)
 def test_no_worse_than_evenly_spaced_values(name: str, tail: str, seed: int, blocks: int) -> None:
-    """Large elements count more in the search, so a little more error in the sum of all squares is possible."""
     x = drawn(tail, seed, blocks * BLOCKS[name][0])
-    assert rms(x, coded(name, x)) <= 1.1 * rms(x, plain(name, x)) + 1e-3 * np.abs(x).max()
+    most = 1.1 if tail == "constant" else 1  # numbers that are alike can be exact by chance
+    assert rms(x, coded(name, x)) <= most * rms(x, plain(name, x)) + 1e-3 * np.abs(x).max()
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_less_error_than_evenly_spaced_values(name: str) -> None:
     x = drawn("normal", 1, 2048, 16)
-    assert rms(x, coded(name, x)) < 0.97 * rms(x, plain(name, x))
+    assert rms(x, coded(name, x)) < 0.91 * rms(x, plain(name, x))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_large_elements_count_a_little_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside plain least squares it costs next to nothing in RMS error. Where columns of large elements are multiplied
+    with large inputs, the error of the output is less.
+    """
+    rng = np.random.default_rng(6)
+    inputs = np.exp(0.5 * rng.standard_normal(1024))
+    x = (rng.standard_normal((64, 1024)) * inputs).astype(np.float32)
+    found = coded(name, x)
+    monkeypatch.setattr("numballama.quantization.search._weights", lambda x, importance: np.ones_like(x))
+    least = coded(name, x)
+    assert rms(x, found) < 1.004 * rms(x, least)
+    assert rms(x * inputs, found * inputs) < 0.99 * rms(x * inputs, least * inputs)
 
 
 @pytest.mark.parametrize(("bits", "run"), [(4, 32), (4, 64), (4, 16), (2, 32), (1, 32), (1, 1)])
