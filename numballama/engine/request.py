@@ -51,13 +51,18 @@ def check_prompt(prompt: Iterable[int], vocab_size: int, context: int, capacity:
         index, token = next((n, t) for n, t in enumerate(ids) if not 0 <= t < vocab_size)
         raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {vocab_size - 1}")
     if len(ids) > capacity:
-        limit = (
-            f"the context {context:,}; shorten it, or compile with context="
-            if capacity == context
-            else f"all pages of the KV cache {capacity:,}; shorten it, or compile with kv_tokens="
-        )
-        raise ContextError(f"the prompt has {len(ids):,} tokens and {limit}")
+        raise too_long(len(ids), context, capacity)
     return ids
+
+
+def too_long(tokens: int, context: int, capacity: int) -> ContextError:
+    """The error for a prompt of `tokens` tokens where at most `capacity` fit."""
+    limit = (
+        f"the context {context:,}; shorten it, or compile with context="
+        if capacity == context
+        else f"all pages of the KV cache {capacity:,}; shorten it, or compile with kv_tokens="
+    )
+    return ContextError(f"the prompt has {tokens:,} tokens and {limit}")
 
 
 @dataclass(slots=True)

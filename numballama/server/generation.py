@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.request import FinishReason, PlainToken, Request, Response, TokenLogprobs
+from ..engine.request import FinishReason, PlainToken, Request, Response, TokenLogprobs, too_long
 from ..generate import GenerationResponse, TextPart, text_parts
 from ..sampling import MAX_N, SamplingParams
 from ..structured.constraint import GrammarError
@@ -92,8 +92,11 @@ class Generation:
         self = cls(service, prompts, params.n, arrived)
         self._fields = fields or {}
         engine = service.engine
-        most = max(service.admission.token_limit, MAX_N * service.model.context)
+        context, longest = service.model.context, max(self._lengths)
+        most = max(service.admission.token_limit, MAX_N * context)
         if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
+            if longest > context:  # clients shorten their chat when they read this code
+                raise refused(too_long(longest, context, context), param)
             message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
             raise ApiError(message, param=param, code="invalid_value")
         self._ticket = service.enter(len(self._choices), self.prompt_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from typing import Any
 
@@ -223,6 +224,31 @@ def test_wrong_fields(server: Running, body: dict[str, Any], param: str | None) 
 def test_a_prompt_that_does_not_fit_is_named_so(server: Running) -> None:
     """vLLM #35541, #40926: such a request hung."""
     assert server.post(PATH, GREEDY | {"prompt": [1] * 513}).error["code"] == "context_length_exceeded"
+
+
+FAR_TOO_LONG = "A cat sat. " * 4000
+MESSAGES = [{"role": "user", "content": FAR_TOO_LONG}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"prompt": FAR_TOO_LONG}),
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/responses", {"input": FAR_TOO_LONG}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}),
+    ],
+)
+def test_a_prompt_far_beyond_the_context_is_named_so_too(server: Running, path: str, body: dict[str, Any]) -> None:
+    """It is beyond the limit of all prompts together as well, which is not what its client has to know."""
+    error = server.post(path, body).error
+    assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(body))
+    assert re.match(r"the prompt has [\d,]+ tokens and the context 512; shorten it, ", error["message"])
+
+
+def test_prompts_that_fit_may_be_too_many_together(server: Running) -> None:
+    many = server.post(PATH, GREEDY | {"prompt": [[1] * 500] * 17}).error
+    assert many["code"] == "invalid_value" and many["message"].startswith("n times the tokens of all prompts is 8,500")
 
 
 @pytest.mark.parametrize("field", ["regex", "structured_outputs"])
