@@ -270,6 +270,14 @@ def _prefetch_blocks(weight, row, first, columns, begin, end, of):
     prefetch_blocks(weight, (row + PANEL_ROWS) * weight.shape[1] + first // size * PANEL_ROWS + start, stop - start)
 
 
+@device
+def copy_sums(source, i, step, target, j, stride, tokens, rows):
+    """Copy `rows` numbers of each of some tokens: token t's are at i + t · step, and go to j + t · stride."""
+    for t in range(tokens):
+        for r in range(rows):
+            target[j + t * stride + r] = source[i + t * step + r]
+
+
 def multiply_panels(weight, x, out, begin, end, tokens, buffer):
     """In panels of PANEL_ROWS rows, for 6 or 4 tokens at a time.
 
@@ -278,6 +286,7 @@ def multiply_panels(weight, x, out, begin, end, tokens, buffer):
     """
     size = PANEL_ROWS * PANEL_COLUMNS
     panel, rest = buffer[: LONG_PANEL * size], buffer[LONG_PANEL * size :]
+    width, results = out.shape[1], out.reshape(-1)
     most = LONG_PANEL * PANEL_COLUMNS if tokens >= MANY_TOKENS else PANEL_COLUMNS
     for r in range(begin, end, PANEL_ROWS):
         count = min(PANEL_ROWS, end - r)
@@ -285,19 +294,15 @@ def multiply_panels(weight, x, out, begin, end, tokens, buffer):
             columns = min(most, x.shape[1] - k)
             for c in range(0, columns, PANEL_COLUMNS):
                 fill_panel(weight, r, end, k + c, min(PANEL_COLUMNS, columns - c), panel[c * PANEL_ROWS :], rest)
-            if count == PANEL_ROWS:
-                multiply_tokens(weight, r, panel, columns, x, k, 0, tokens, out.reshape(-1), r, out.shape[1], k > 0)
-                continue
-            for t in range(0, tokens, 6):  # fewer rows: their sums are in `rest` meanwhile
-                stop = min(t + 6, tokens)
-                if k > 0:
-                    for i in range(stop - t):
-                        for c in range(count):
-                            rest[i * PANEL_ROWS + c] = out[t + i, r + c]
-                multiply_tokens(weight, r, panel, columns, x, k, t, stop, rest, 0, PANEL_ROWS, k > 0)
-                for i in range(stop - t):
-                    for c in range(count):
-                        out[t + i, r + c] = rest[i * PANEL_ROWS + c]
+            step = tokens if count == PANEL_ROWS else 6
+            for t in range(0, tokens, step):
+                stop, target, at, stride = min(t + step, tokens), results, t * width + r, width
+                if count < PANEL_ROWS:  # rows that fill no panel: their sums are in `rest` meanwhile
+                    target, at, stride = rest, 0, PANEL_ROWS
+                    copy_sums(results, t * width + r, width, rest, 0, PANEL_ROWS, stop - t, count)
+                multiply_tokens(weight, r, panel, columns, x, k, t, stop, target, at, stride, k > 0)
+                if count < PANEL_ROWS:
+                    copy_sums(rest, 0, PANEL_ROWS, results, t * width + r, width, stop - t, count)
 
 
 @device

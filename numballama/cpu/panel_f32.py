@@ -170,8 +170,8 @@ def multiply_panel_f32(
 ) -> Any:
     """Dot products of a panel with columns [first, first + columns) of `tokens` (a literal) rows of x from t on.
 
-    Token t + i's PANEL_ROWS results go to flat out from at + i · stride on; if `more`, sums go on from there. Past token
-    `last`, that token is computed again.
+    Token t + i's PANEL_ROWS results go to flat out from at + i · stride on; if `more`, sums go on from what is there.
+    Past token `last`, that token is computed again.
     """
     count = tokens.literal_value
 
