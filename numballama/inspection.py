@@ -34,7 +34,7 @@ def first_layer(text: str) -> list[str]:
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 128
 """Tokens of a prompt in one run on the CPU: `CpuBackend.prefill_chunk`, which needs Numba."""
 CONTEXTS = (512, 2048, 4096, 8192, 32768, 131072)
 """Contexts, in tokens, for which a report lists the memory: those up to the model's, and the one asked for."""

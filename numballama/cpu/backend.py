@@ -144,7 +144,7 @@ class CpuBackend:
     """
 
     name: ClassVar[BackendName] = "cpu"
-    prefill_chunk = 64
+    prefill_chunk = 128
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True

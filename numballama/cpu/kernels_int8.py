@@ -13,7 +13,7 @@ from .activations_int8 import float_of_bits, largest_bits, round_to_int8
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
-from .matmul import partition
+from .matmul import copy_sums, partition
 from .panel_bytes import fill_panel_blocks
 from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
 from .tiling import BYTES_COLUMNS, PANEL_ROWS
@@ -163,18 +163,10 @@ def multiply_panels(weight, xq, xs, sums, out, begin, end, tokens, buffer):
                 target, at, stride = results, t * width + r, width
                 if rows < PANEL_ROWS:
                     target, at, stride = products, 0, PANEL_ROWS
-                    copy_rows(results, t * width + r, width, target, 0, stride, count, rows)
+                    copy_sums(results, t * width + r, width, target, 0, stride, count, rows)
                 multiply_panel(weight, panel, scales, mins, xq, xs, sums, where, target, at, stride, ahead)
                 if rows < PANEL_ROWS:
-                    copy_rows(target, 0, stride, results, t * width + r, width, count, rows)
-
-
-@device
-def copy_rows(source, i, step, target, j, stride, tokens, rows):
-    """Copy `rows` results of each of some tokens: token t's are at i + t · step, and go to j + t · stride."""
-    for t in range(tokens):
-        for r in range(rows):
-            target[j + t * stride + r] = source[i + t * step + r]
+                    copy_sums(target, 0, stride, results, t * width + r, width, count, rows)
 
 
 def linear_blocks_int8(worker, n_workers, tokens, xq, xs, sums, weight, out, panel_buffer):

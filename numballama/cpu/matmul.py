@@ -26,7 +26,7 @@ from .compiler import FAST_MATH, device
 from .intrinsics import BLOCK, as_f32, cpu_features, dot_block_int8, dot_int8, tile
 from .panel_bytes import fill_panel_blocks, prefetch_blocks
 from .panel_f32 import expand_panel, fill_panel_plain, multiply_panel_f32, transpose_panel
-from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE
+from .tiling import LONG_PANEL, MANY_TOKENS, PANEL_COLUMNS, PANEL_ROWS, TILE
 from .vecdot import block_size, dequantize_blocks, dot_blocks
 
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
@@ -240,42 +240,82 @@ def _fill_panel_blocks(weight, row, end, first, columns, panel, buffer):
     size, quarter = block_size(weight), PANEL_ROWS * PANEL_COLUMNS // 4
     packed, scales, mins = buffer[:quarter], buffer[quarter : 2 * quarter], buffer[2 * quarter :]
     fill_panel_blocks(weight, row, end - 1, first // size, columns // size, packed, scales, mins)
-    # the next panel, in the order of memory
-    following = (row + PANEL_ROWS) * weight.shape[1] + first // size * PANEL_ROWS
-    prefetch_blocks(weight, following, columns // size * PANEL_ROWS)
     expand_panel(weight, packed, scales, mins, columns, panel)
 
 
-def multiply_panels(weight, x, out, begin, end, tokens, buffer):
-    """In panels of PANEL_ROWS rows and PANEL_COLUMNS columns, for 6 or 4 tokens at a time."""
-    size = PANEL_ROWS * PANEL_COLUMNS
-    panel, rest = buffer[:size], buffer[size:]
-    for r in range(begin, end, PANEL_ROWS):
-        count = min(PANEL_ROWS, end - r)
-        for k in range(0, x.shape[1], PANEL_COLUMNS):
-            columns = min(PANEL_COLUMNS, x.shape[1] - k)
-            fill_panel(weight, r, end, k, columns, panel, rest)
-            if count == PANEL_ROWS:
-                multiply_tokens(panel, columns, x, k, 0, tokens, out.reshape(-1), r, out.shape[1], k > 0)
-                continue
-            for t in range(0, tokens, 6):  # fewer rows: their products go into `rest` first
-                stop = min(t + 6, tokens)
-                multiply_tokens(panel, columns, x, k, t, stop, rest, 0, PANEL_ROWS, False)
-                for i in range(stop - t):
-                    for c in range(count):
-                        total = rest[i * PANEL_ROWS + c]
-                        out[t + i, r + c] = total if k == 0 else out[t + i, r + c] + total
+def prefetch_panel(weight: Any, row: int, first: int, columns: int, begin: int, end: int, of: int) -> Any:
+    """Prefetch parts [begin, end) of `of` parts of what follows a panel of these columns, in the order of memory.
+
+    All of it at once would be more cache lines than a core can wait for.
+
+    Numba replaces this function by one for the weight's type (`overload`).
+    """
+
+
+@overload(prefetch_panel, jit_options=_OPTIONS)
+def _prefetch_panel(weight, row, first, columns, begin, end, of):
+    if isinstance(weight, types.BaseTuple) or not isinstance(weight.dtype, types.Record):
+        return _prefetch_nothing
+    return _prefetch_blocks
+
+
+def _prefetch_nothing(weight, row, first, columns, begin, end, of):
+    pass
+
+
+def _prefetch_blocks(weight, row, first, columns, begin, end, of):
+    size = block_size(weight)
+    count = columns // size * PANEL_ROWS
+    start, stop = count * begin // of, count * end // of
+    prefetch_blocks(weight, (row + PANEL_ROWS) * weight.shape[1] + first // size * PANEL_ROWS + start, stop - start)
 
 
 @device
-def multiply_tokens(panel, columns, x, k, t, end, out, at, stride, more):
+def copy_sums(source, i, step, target, j, stride, tokens, rows):
+    """Copy `rows` numbers of each of some tokens: token t's are at i + t · step, and go to j + t · stride."""
+    for t in range(tokens):
+        for r in range(rows):
+            target[j + t * stride + r] = source[i + t * step + r]
+
+
+def multiply_panels(weight, x, out, begin, end, tokens, buffer):
+    """In panels of PANEL_ROWS rows, for 6 or 4 tokens at a time.
+
+    For few tokens a panel stays in the first-level cache. For many it is read from the second, which keeps up, and a
+    pass, whose beginning and end cost more, is longer. It is filled PANEL_COLUMNS columns at a time.
+    """
+    size = PANEL_ROWS * PANEL_COLUMNS
+    panel, rest = buffer[: LONG_PANEL * size], buffer[LONG_PANEL * size :]
+    width, results = out.shape[1], out.reshape(-1)
+    most = LONG_PANEL * PANEL_COLUMNS if tokens >= MANY_TOKENS else PANEL_COLUMNS
+    for r in range(begin, end, PANEL_ROWS):
+        count = min(PANEL_ROWS, end - r)
+        for k in range(0, x.shape[1], most):
+            columns = min(most, x.shape[1] - k)
+            for c in range(0, columns, PANEL_COLUMNS):
+                fill_panel(weight, r, end, k + c, min(PANEL_COLUMNS, columns - c), panel[c * PANEL_ROWS :], rest)
+            step = tokens if count == PANEL_ROWS else 6
+            for t in range(0, tokens, step):
+                stop, target, at, stride = min(t + step, tokens), results, t * width + r, width
+                if count < PANEL_ROWS:  # rows that fill no panel: their sums are in `rest` meanwhile
+                    target, at, stride = rest, 0, PANEL_ROWS
+                    copy_sums(results, t * width + r, width, rest, 0, PANEL_ROWS, stop - t, count)
+                multiply_tokens(weight, r, panel, columns, x, k, t, stop, target, at, stride, k > 0)
+                if count < PANEL_ROWS:
+                    copy_sums(rest, 0, PANEL_ROWS, results, t * width + r, width, stop - t, count)
+
+
+@device
+def multiply_tokens(weight, row, panel, columns, x, k, t, end, out, at, stride, more):
     """Multiply a panel with columns from k on of tokens [t, end): see `multiply_panel_f32`."""
     while t < end:
         left = end - t
         if left <= 4 or left == 7 or left == 8:
+            prefetch_panel(weight, row, k, columns, t, min(t + 4, end), end)
             multiply_panel_f32(panel, columns, x, k, t, end - 1, 4, out, at, stride, more)
             t, at = t + 4, at + 4 * stride
         else:
+            prefetch_panel(weight, row, k, columns, t, min(t + 6, end), end)
             multiply_panel_f32(panel, columns, x, k, t, end - 1, 6, out, at, stride, more)
             t, at = t + 6, at + 6 * stride
 

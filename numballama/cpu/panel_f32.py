@@ -5,7 +5,7 @@ of AVX, and an element of x is multiplied with both. Six tokens make 12 sums, wh
 and the element: 8 loads feed 12 multiply-adds, and no sum goes across lanes. A tile of whole rows of both, as
 `intrinsics.tile` has it, would need 16 sums, and there are 16 registers in all.
 
-Each sum adds its products in the order of the columns, whatever the number of tokens.
+Each sum adds its products in the order of the columns, whatever the number of tokens and the panel's length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .vecdot import TYPE_NAMES
 
 LANES = 8
 """Lanes of a vector; a CPU with narrower ones takes several."""
+UNROLLED = 4
+"""Columns of a panel that a turn of the loop multiplies."""
 
 
 def _int(number: int, kind: Any = INT64) -> Any:
@@ -168,8 +170,8 @@ def multiply_panel_f32(
 ) -> Any:
     """Dot products of a panel with columns [first, first + columns) of `tokens` (a literal) rows of x from t on.
 
-    Token t + i's PANEL_ROWS results go to flat out from at + i · stride on; if `more`, they are added there. Past token
-    `last`, that token is computed again.
+    Token t + i's PANEL_ROWS results go to flat out from at + i · stride on; if `more`, sums go on from what is there.
+    Past token `last`, that token is computed again.
     """
     count = tokens.literal_value
 
@@ -191,28 +193,34 @@ def multiply_panel_f32(
                 places.append(builder.bitcast(place, vector.as_pointer()))
         zero = ir.Constant(vector, [0.0] * LANES)
         sums = [cgutils.alloca_once(builder, vector) for _ in places]
-        for place in sums:
-            builder.store(zero, place)
+        for place, total in zip(places, sums, strict=True):
+            builder.store(builder.select(again, builder.load(place, align=4), zero), total)
         packed = element(context, builder, sig.args[0], weights, _int(0))
         parts = PANEL_ROWS // LANES
-        with cgutils.for_range(builder, length) as loop:
-            column = builder.gep(packed, [builder.mul(loop.index, _int(PANEL_ROWS))])
+
+        def add_column(at: Any) -> None:
+            column = builder.gep(packed, [builder.mul(at, _int(PANEL_ROWS))])
             values = [
                 builder.load(builder.bitcast(builder.gep(column, [_int(LANES * part)]), vector.as_pointer()), align=4)
                 for part in range(parts)
             ]
             for i, row in enumerate(rows):
                 one = builder.insert_element(
-                    ir.Constant(vector, ir.Undefined), builder.load(builder.gep(row, [loop.index])), _int(0, INT32)
+                    ir.Constant(vector, ir.Undefined), builder.load(builder.gep(row, [at])), _int(0, INT32)
                 )
                 number = _shuffle(builder, one, one, [0] * LANES)
                 for value, place in zip(values, sums[parts * i : parts * i + parts], strict=True):
                     product = builder.fmul(number, value, flags=("contract",))
                     builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
-        # all are read before the first is written, because the last token may be there several times
-        before = [builder.select(again, builder.load(place, align=4), zero) for place in places]
-        for place, total, old in zip(places, sums, before, strict=True):
-            builder.store(builder.fadd(builder.load(total), old), place, align=4)
+
+        whole = builder.and_(length, _int(-UNROLLED))
+        with cgutils.for_range_slice(builder, _int(0), whole, _int(UNROLLED)) as (first, _):
+            for i in range(UNROLLED):
+                add_column(builder.add(first, _int(i)))
+        with cgutils.for_range_slice(builder, whole, length, _int(1)) as (first, _):
+            add_column(first)
+        for place, total in zip(places, sums, strict=True):
+            builder.store(builder.load(total), place, align=4)
         return context.get_dummy_value()
 
     index = types.int64

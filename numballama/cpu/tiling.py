@@ -16,6 +16,10 @@ BYTES_COLUMNS = 1024
 """Columns of a panel of bytes. It has 16 KB, half of the first-level cache: activations need some, too."""
 PANEL_COLUMNS = 256
 """Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
+LONG_PANEL = 4
+"""How many times as many columns a panel has for many tokens. It has 64 KB, which the second-level cache holds."""
+MANY_TOKENS = 24
+"""Number of tokens from which panels are long. Fewer do not make up for writing a panel to the second-level cache."""
 SCORE_ROWS = 3
 """Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
 SCORES_BEYOND = 7
@@ -33,6 +37,7 @@ def panel_buffer_size() -> int:
 def dequant_buffer_size(columns: int) -> int:
     """Number of float32 elements in a worker's buffer for rows of `columns` elements, as `matmul` uses it.
 
-    That is TILE rows; or a panel of float32 and as much for its elements not yet transposed, or as a panel of bytes.
+    That is TILE rows; or a long panel of float32, and room for PANEL_COLUMNS of its columns not yet transposed or as
+    a panel of bytes.
     """
-    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS)
+    return max(TILE * columns, (LONG_PANEL + 1) * PANEL_ROWS * PANEL_COLUMNS)

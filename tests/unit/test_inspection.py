@@ -13,6 +13,7 @@ from numballama import Error, UnsupportedError
 from numballama.cpu import CpuBackend
 from numballama.inspection import PROMPT_TOKENS
 from tests.helpers.markup import parsed
+from tests.helpers.tiny import TINY
 
 
 def test_a_report_needs_no_numba() -> None:
@@ -95,7 +96,7 @@ def test_its_card_and_its_page(tiny_file: Path) -> None:
     rows = [[cell.text for cell in row.children] for row in root.all("tr")]
     assert ["tokens", "f32", "f16 or bf16", "q8_0"] in rows
     start = rows.index(["tokens", "f32", "f16 or bf16", "q8_0"]) + 1
-    assert [row[0] for row in rows[start : start + 2]] == ["64", "138"]
+    assert [row[0] for row in rows[start : start + 2]] == ["64", str(TINY.context)]
     assert any(row[0] == "KV cache" and "64 tokens, bf16" in row[2] for row in rows)
     folds = [fold.children[0].text for fold in root.all("details")]
     assert "graph" in folds and "plan and memory map" in folds

@@ -140,7 +140,7 @@ def test_a_prompt_is_one_entry_a_chunk(wide_session: Session) -> None:
     program: Any = wide_session._prompt
     before = program.entries
     wide_session.prefill([5] * 200)
-    assert program.entries - before == 4
+    assert program.entries - before == -(-200 // CHUNK) > 1
 
 
 @SAMPLERS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from numballama.cpu.matmul import fill_panel, multiply_panels
-from numballama.cpu.tiling import PANEL_COLUMNS, PANEL_ROWS, dequant_buffer_size
+from numballama.cpu.tiling import LONG_PANEL, MANY_TOKENS, PANEL_COLUMNS, PANEL_ROWS, dequant_buffer_size
 from numballama.quantization.convert import dequantize
 from numballama.quantization.types import BLOCKS, TYPE_TRAITS
 from tests.helpers.bounds import as_weight
@@ -48,15 +48,17 @@ def test_a_panel_has_the_elements_to_the_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_a_tokens_results_have_the_same_bits_whatever_the_number_of_tokens(kind: str) -> None:
-    """4 to 13 tokens: tiles of six and of four, and some that the last token fills."""
-    columns = COLUMNS[kind]
+    """4 to 13 tokens: tiles of six and of four, and some that the last token fills. From MANY_TOKENS on panels are
+    long: a row has more columns than one of these, too."""
+    columns = COLUMNS[kind] + LONG_PANEL * PANEL_COLUMNS
     weight, elements = operand(kind, columns)
-    x = np.random.default_rng(1).standard_normal((13, columns)).astype(np.float32)
+    numbers = [*range(4, 14), MANY_TOKENS - 1, MANY_TOKENS, MANY_TOKENS + 1]
+    x = np.random.default_rng(1).standard_normal((numbers[-1], columns)).astype(np.float32)
     buffer, results = np.empty(dequant_buffer_size(columns), np.float32), []
 
     multiply = numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")(multiply_panels)
-    for tokens in range(4, 14):
-        out = np.full((13, ROWS), np.nan, np.float32)
+    for tokens in numbers:
+        out = np.full((len(x), ROWS), np.nan, np.float32)
         multiply(weight, x, out, 0, ROWS, tokens, buffer)
         assert np.isnan(out[tokens:]).all(), "rows past the last token are not written"
         results.append(out[:tokens])

@@ -6,6 +6,7 @@ import pytest
 
 from numballama.cpu.tiling import (
     BYTES_COLUMNS,
+    LONG_PANEL,
     PANEL_COLUMNS,
     PANEL_ROWS,
     PANEL_TOKENS,
@@ -29,7 +30,8 @@ def test_panels_have_whole_blocks(columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [32, 256, 4096, 40960])
 def test_rows_and_panels_of_float32_fit_their_buffer(columns: int) -> None:
-    """TILE whole rows; or a panel and its elements before, which take more than bytes, scales and minimums."""
-    panels = 2 * PANEL_ROWS * PANEL_COLUMNS
-    assert dequant_buffer_size(columns) == max(TILE * columns, panels)
-    assert panels >= PANEL_ROWS * PANEL_COLUMNS * (1 + 1 / 4 + 2 / 16)
+    """TILE whole rows; or a long panel and elements of a short one before, which take more than bytes and factors."""
+    short = PANEL_ROWS * PANEL_COLUMNS
+    assert dequant_buffer_size(columns) == max(TILE * columns, LONG_PANEL * short + short)
+    assert short >= short * (1 / 4 + 2 / 16)
+    assert short >= 6 * PANEL_ROWS, "sums of a pass, where rows fill no panel"
