@@ -18,6 +18,10 @@ SLOW_S = 0.01
 """A constraint that needs longer for a token is advanced by itself, so that others do not wait for it."""
 MASK_WAIT_S = 0.002
 """How long a step waits for the next masks, once for each. Sequences whose mask is later have no row in its run."""
+MASK_WAIT, MASK_WAIT_IN_FLIGHT = 0.05, 0.5
+"""How much of a step's usual time it waits at most if a sequence without a constraint could go on, and if it does: if
+another run is in flight.
+"""
 IDLE_S = 0.05
 """How long a step that has nothing to compute waits for the next mask."""
 THREADS = 4
@@ -36,6 +40,17 @@ class Advance:
     """Whether the text is complete, or what the constraint raised."""
     forced: tuple[int, ...] = ()
     """Tokens that must follow, and that the constraint has accepted too."""
+
+
+def mask_wait_s(sequences: Iterable[Sequence], step_s: float, in_flight: bool) -> float:
+    """How long a step waits for masks if these sequences run, and the last step took `step_s`.
+
+    Those without a constraint do not wait for masks of others: it is a small part of a step if the device has nothing
+    to do meanwhile, so that a quick mask costs no sequence a step.
+    """
+    if all(sequence.constraint is not None for sequence in sequences):
+        return MASK_WAIT_S
+    return min(MASK_WAIT_S, step_s * (MASK_WAIT_IN_FLIGHT if in_flight else MASK_WAIT))
 
 
 class ConstraintWorker:

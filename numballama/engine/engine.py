@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..sampling import DEFAULTS, Sampled, SamplingParams
-from .constraints import Advance, ConstraintWorker
+from .constraints import Advance, ConstraintWorker, mask_wait_s
 from .driver import ENGINE_CLOSED, Driver
 from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
@@ -56,7 +56,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._numbers = itertools.count()
         self._submitted = self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._rates, self._last_step, self._now = Rates(), time.monotonic(), 0.0
+        self._rates, self._last_step, self._step_s, self._now = Rates(), time.monotonic(), 0.0, 0.0
         self.hand_over: Callable[[list[RequestState]], list[RequestState]] = list  # see `_wake`
         self._driver = Driver(self._step, self._has_work, self._fail, "numballama engine")
 
@@ -293,12 +293,9 @@ class Engine:
         for sequence in run.starts:
             try:
                 self.runner.start(
-                    sequence.slot,
-                    sequence.params,
-                    sequence.ids[: sequence.prompt_tokens],
-                    sequence.output,
+                    sequence.slot, sequence.params, sequence.ids[: sequence.prompt_tokens], sequence.output,
                     sequence.stop_token_ids,
-                )
+                )  # fmt: skip
             except DeviceError:
                 raise
             except Error as error:  # its rows are in this run all the same, and nobody reads what they sample
@@ -327,7 +324,8 @@ class Engine:
         self.scheduler.collected(run)
         self._hand_out(run, sampled)
         self._steps += 1
-        self._last_step = now = time.monotonic()
+        now = time.monotonic()
+        self._step_s, self._last_step = now - self._last_step, now
         if now >= self._rates.next_sample:
             self._rates.sample(now, self._prompt_tokens, self._generated_tokens)
 
@@ -360,7 +358,8 @@ class Engine:
 
     def _take_advanced(self) -> None:
         """Deliver tokens that constraints have accepted, and those that they force; set the next masks."""
-        for advance in self._constraints.take():
+        running = *self.scheduler.decoding, *self.scheduler.prefilling
+        for advance in self._constraints.take(mask_wait_s(running, self._step_s, bool(self._runs))):
             sequence, result = advance.sequence, advance.result
             sequence.advancing = False
             if sequence.status is Status.FINISHED:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from numballama.engine.constraints import SLOW_S, Advance, ConstraintWorker
+from numballama.engine.constraints import MASK_WAIT_S, SLOW_S, Advance, ConstraintWorker, mask_wait_s
 from numballama.engine.engine import Engine
 from numballama.engine.request import TokenEvent
 from numballama.engine.sequence import Constraint, Sequence
@@ -239,3 +239,35 @@ def test_what_is_late_is_waited_for_once() -> None:
     worker.wait(30)
     assert [each.constraint for each in worker.take(0)] == [stuck] and not worker.waiting
     worker.close()
+
+
+def test_how_long_a_step_waits_for_masks() -> None:
+    """2 ms if all have constraints. Otherwise a part of a step, more of it if the device has a run meanwhile."""
+    without, with_one = Sequence([1], make_params(), 5, order=(0, 0, 0)), advance(Evens(), 2).sequence
+    assert mask_wait_s([], 1, False) == mask_wait_s([with_one, with_one], 0.001, False) == MASK_WAIT_S
+    for step_s in (0.0, 0.001, 0.03):
+        assert mask_wait_s([with_one, without], step_s, False) == pytest.approx(0.05 * step_s)
+    assert mask_wait_s([without], 0.001, True) == pytest.approx(0.0005)
+    assert mask_wait_s([without], 0.03, True) == mask_wait_s([without], 1, False) == MASK_WAIT_S
+
+
+def test_a_sequence_without_a_constraint_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine waits for masks beside it for a small part of its steps, and as long as it may once it has ended."""
+    waits, take = list[float](), ConstraintWorker.take
+
+    def noted(self: ConstraintWorker, wait_s: float) -> list[Advance]:
+        waits.append(wait_s)
+        return take(self, wait_s)
+
+    monkeypatch.setattr(ConstraintWorker, "take", noted)
+    runner = FakeRunner(pages=300, pages_per_sequence=128, before_collect=lambda number: time.sleep(0.0003))
+    with Engine(runner) as engine:
+        plain = engine.submit(PROMPT, make_params(max_tokens=500))
+        limited = engine.submit(PROMPT, make_params(max_tokens=8), constraint=lambda: Evens(seconds=0.0005))
+        assert len(tokens_of(limited)) == 8 and engine.stats().running == 1
+        beside = list(waits)
+        plain.cancel()
+        waits.clear()
+        assert len(tokens_of(engine.submit(PROMPT, make_params(max_tokens=8), constraint=Evens))) == 8
+    assert min(beside) < MASK_WAIT_S / 10 and sum(beside) < len(beside) * MASK_WAIT_S / 2
+    assert waits and set(waits) == {MASK_WAIT_S}
