@@ -22,6 +22,7 @@ MOST_TOKENS = 64 * WINDOW
 """Further tokens of a text are not read: the means have settled."""
 FLOOR = 1e-4
 """Least importance of a column, of a mean of 1: a column that this text does not need must not be given up."""
+GIVE_TEXT = "give one: --calibrate FILE"
 OWN_TEXTS, OWN_TOKENS = 16, 64
 """How many texts of how many tokens at most a model writes to be measured with."""
 
@@ -61,7 +62,7 @@ def own_text(model: Model) -> str:
     """
     tokenizer = model.require_tokenizer()
     if tokenizer.bos_id is None and not tokenizer.bos:
-        raise Error("its tokenizer has no BOS, with which a text begins")
+        raise Error(f"its tokenizer has no BOS, with which a text begins; {GIVE_TEXT}")
     settings = SamplingParams(
         max_tokens=OWN_TOKENS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, n=OWN_TEXTS
     )  # one request: all texts start in the same step, so that every step has the same rows whatever the timing
@@ -71,7 +72,7 @@ def own_text(model: Model) -> str:
             texts[response.index] += response.text
             report(f"token {done:,}", done, OWN_TEXTS * OWN_TOKENS)
     if not any(text.strip() for text in texts):
-        raise Error("it ends every text at once")
+        raise Error(f"it ends every text at once; {GIVE_TEXT}")
     return "\n".join(texts)
 
 

@@ -99,8 +99,5 @@ def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: l
     except Error as error:
         if given:
             raise
-        notes.append(
-            f"the model wrote no text to calibrate with, so all inputs count alike ({error}); "
-            "--calibrate FILE reads a text of yours"
-        )
+        notes.append(f"the model wrote no text to calibrate with, so all inputs count alike: {error}")
         return None
