@@ -96,11 +96,11 @@ def test_a_model_with_no_text_of_its_own(model: Model, monkeypatch: pytest.Monke
     ends = partial(SamplingParams, logit_bias={model.tokenizer.eos_id: 100.0})
     monkeypatch.setattr("numballama.importance.OWN_TEXTS", 1)
     monkeypatch.setattr("numballama.importance.SamplingParams", ends)
-    with pytest.raises(Error, match="it ends every text at once; .*--calibrate"):
+    with pytest.raises(Error, match=r"it ends every text at once; .*--calibrate"):
         own_text(model)
     monkeypatch.setattr(model.tokenizer, "bos_id", None)
     monkeypatch.setattr(model.tokenizer, "add_bos", False)
-    with pytest.raises(Error, match="its tokenizer has no BOS.*--calibrate"):
+    with pytest.raises(Error, match=r"its tokenizer has no BOS.*--calibrate"):
         own_text(model)
 
 
