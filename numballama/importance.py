@@ -22,6 +22,7 @@ MOST_TOKENS = 64 * WINDOW
 """Further tokens of a text are not read: the means have settled."""
 FLOOR = 1e-4
 """Least importance of a column, of a mean of 1: a column that this text does not need must not be given up."""
+GIVE_TEXT = "give one: --calibrate FILE"
 OWN_TEXTS, OWN_TOKENS = 16, 64
 """How many texts of how many tokens at most a model writes to be measured with."""
 
@@ -57,8 +58,11 @@ def own_text(model: Model) -> str:
     """What the model writes after BOS alone: the same each time. `model` has room for `OWN_TEXTS` sequences.
 
     Texts that follow the model's own probabilities are like those that it was trained on. Raises `Error` for a model
-    that has no tokenizer or no BOS.
+    that has no tokenizer or no BOS, or ends every text at once.
     """
+    tokenizer = model.require_tokenizer()
+    if tokenizer.bos_id is None and not tokenizer.bos:
+        raise Error(f"its tokenizer has no BOS, with which a text begins; {GIVE_TEXT}")
     settings = SamplingParams(
         max_tokens=OWN_TOKENS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, n=OWN_TEXTS
     )  # one request: all texts start in the same step, so that every step has the same rows whatever the timing
@@ -67,6 +71,8 @@ def own_text(model: Model) -> str:
         for done, response in enumerate(model.stream(None, params=settings)):
             texts[response.index] += response.text
             report(f"token {done:,}", done, OWN_TEXTS * OWN_TOKENS)
+    if not any(text.strip() for text in texts):
+        raise Error(f"it ends every text at once; {GIVE_TEXT}")
     return "\n".join(texts)
 
 

@@ -65,10 +65,9 @@ def run_export(arguments: argparse.Namespace) -> None:
     options["importance"] = _importance(arguments, options, notes)
     done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
     print(done)
-    for note in (
-        () if arguments.quiet else (*notes, *done.notes)
-    ):  # also without a terminal: a log should show what was lost
-        print(note, file=sys.stderr)
+    if not arguments.quiet:
+        for note in (*notes, *done.notes):  # also without a terminal: a log should show what was lost
+            print(note, file=sys.stderr)
 
 
 def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]) -> Importance | None:
@@ -78,7 +77,7 @@ def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: l
     from ..bench.perplexity import read_text
     from ..export import QUANTS
     from ..files import require_folder
-    from ..importance import OWN_TEXTS, WINDOW, measure, own_text
+    from ..importance import OWN_TEXTS, OWN_TOKENS, WINDOW, measure, own_text
     from ..model import Model
     from ..quantization.search import SEARCHING
 
@@ -93,12 +92,12 @@ def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: l
         return None
     require_folder(arguments.target)
     text = read_text(arguments.calibrate) if given else None
-    sequences = 1 if given else OWN_TEXTS
+    room: dict[str, Any] = {} if given else {"max_sequences": OWN_TEXTS, "kv_tokens": OWN_TEXTS * 2 * OWN_TOKENS}
     try:
-        with Model(arguments.source, device="cpu", context=WINDOW, max_sequences=sequences, **options) as model:
+        with Model(arguments.source, device="cpu", context=WINDOW, **room, **options) as model:
             return measure(model, own_text(model) if text is None else text)
     except Error as error:
         if given:
             raise
-        notes.append(f"without a text of the model's own, so all inputs count alike: {error}")
+        notes.append(f"the model wrote no text to calibrate with, so all inputs count alike: {error}")
         return None

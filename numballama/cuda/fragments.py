@@ -10,8 +10,8 @@ words of upper bits.
 Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py` loads them.
 
 Decoded elements have the values that `expand_kernel` gives them: integer times scale, plus the minimum, rounded once to
-float16. Of q4_k and q5_k the minimum - 128 · scale is rounded to float32 before: exact where dmin is 2 to 1024 · d, as
-in files that are made for these types, and otherwise off by half a float32's last bit of that difference.
+float16. Of q4_k and q5_k the minimum - 128 · scale is rounded to float32 before: exact where dmin is 2 to 1024 · d,
+which is usual, and otherwise off by half a float32's last bit of that difference.
 """
 
 from __future__ import annotations

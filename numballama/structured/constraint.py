@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def _accept_forced(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[Gramm
     return [each for (each, token), may in zip(able, forced, strict=True) if may and each._accept_next(token)]
 
 
-def _words_of(tokens: Any) -> list[tuple[int, int]]:
+def _words_of(tokens: Iterable[int]) -> list[tuple[int, int]]:
     """(word of a mask, bits in it) of some tokens."""
     words: dict[int, int] = {}
     for token in tokens:

@@ -30,8 +30,8 @@ SLICES = [
 """Texts whose tokens a mask takes from a table where the grammar allows them all; it looks at each other token that may
 begin there. So what a string, a name or an address allows should be in tables, also near the end of its `maxLength`.
 
-llguidance makes a tree of them. A text stands below the first that holds it when all others that hold it have their
-place: in this order what holds for a string of limited length is found without a look at names."""
+llguidance makes a tree of these expressions: each is placed when all that contain it are, below the first of them. In
+this order the table of a string of limited length is found without a look at those of names."""
 SPECIAL = b"\xff"
 """The first byte of a special token, for llguidance. No text has it, so a grammar can name such a token only."""
 

@@ -13,12 +13,13 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from threading import Event
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from numballama.cuda.kernels.params import TOKEN_ROWS, WORDS_UP_TO
-from numballama.cuda.launch import Array, Launch, Peers, TensorMap
-from numballama.cuda.ops import collectives
+from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, Peers, TensorMap
+from numballama.cuda.ops import collectives, wgmma_gemm
 from numballama.cuda.ops.wide import join_sums
 from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
@@ -152,6 +153,25 @@ def linear_all_reduce(
             wrong = got[:tokens].view(np.uint32) != total[:tokens].view(np.uint32)
             assert not wrong.any(), f"turn {turn}: {wrong.sum()} of {wrong.size} results differ"
     return 0.0
+
+
+def in_halves(machines: Sequence[Any], kind: str, rows: int, tokens: int, columns: int, width: int) -> float:
+    """`linear_all_reduce` where two blocks have half of K each. `rows` are too many for other kernels.
+
+    On one multiprocessor they have several tiles, which would be wider if K was not halved.
+    """
+    asked: list[Matrix] = []
+
+    def halved(_: LaunchContext, weights: Sequence[Matrix], paired: bool = False) -> bool:
+        asked.extend(weights)
+        return True
+
+    for machine in machines:
+        machine.ctx = replace(machine.ctx, n_sms=1)
+    with mock.patch.object(wgmma_gemm, "is_halved", halved):
+        worst = linear_all_reduce(machines, kind, rows, tokens, columns, width, times=2)
+    assert asked, "by another kernel"
+    return worst
 
 
 def kernels_in_turn(machines: Sequence[Any], kind: str, counts: Sequence[int], columns: int, width: int) -> float:
@@ -364,6 +384,7 @@ def cases(ranks: int, everything: bool = True) -> list[Case]:
     add("wide q4_0, sums rounded, 65 of 66 tokens", sums_rounded, "q4_0", 66, 65, 64, 288)
     add("wgmma f16, 150 of 160 tokens", linear_all_reduce, "f16", 160, 150, 64, 264)
     add("wgmma q4_0, 200 of 224 tokens", linear_all_reduce, "q4_0", 224, 200, 64, 130)
+    add("wgmma f16, halves of K, 140 of 150 tokens", in_halves, "f16", 150, 140, 328, 130)
     add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)
     unequal = [700 + 500 * (rank % 2) for rank in range(ranks)]
     add("all_gather, 5 of 6 tokens, unequal parts", all_gather, 6, 5, unequal, always=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numballama.loader import open_checkpoint
 from numballama.model import Model
 from numballama.quantization.convert import dequantize
 from numballama.quantization.types import F32
+from numballama.sampling import SamplingParams
 from tests.helpers.command_line import call
 
 STORY = Path(numballama.__file__).parent / "story.gguf"
@@ -89,6 +91,19 @@ def test_own_text_is_what_the_model_writes_after_bos() -> None:
         assert OWN_TEXTS * OWN_TOKENS / 4 < count < OWN_TEXTS * OWN_TOKENS * 1.1
 
 
+def test_a_model_with_no_text_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.tokenizer is not None and model.tokenizer.eos_id is not None
+    ends = partial(SamplingParams, logit_bias={model.tokenizer.eos_id: 100.0})
+    monkeypatch.setattr("numballama.importance.OWN_TEXTS", 1)
+    monkeypatch.setattr("numballama.importance.SamplingParams", ends)
+    with pytest.raises(Error, match=r"it ends every text at once; .*--calibrate"):
+        own_text(model)
+    monkeypatch.setattr(model.tokenizer, "bos_id", None)
+    monkeypatch.setattr(model.tokenizer, "add_bos", False)
+    with pytest.raises(Error, match=r"its tokenizer has no BOS.*--calibrate"):
+        own_text(model)
+
+
 def test_the_output_is_closer(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What counts is the layer's output: its error for inputs of a text is less with calibration by that text or by the
     model's own than without.
@@ -124,7 +139,9 @@ def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     WRITERS["llama2c-v1"](tmp_path / "m.bin", config, weights)
     for name, more in (("plain", ("--no-calibrate",)), ("own", ())):
         done = call(capsys, "export", tmp_path / "m.bin", tmp_path / name, "--to", "gguf", "--dtype", "q4_k", *more)
-        assert done.code == 0 and ("so all inputs count alike" in done.err) == (name == "own"), done.err
+        assert done.code == 0 and ("so all inputs count alike: m.bin carries no tokenizer" in done.err) == (
+            name == "own"
+        ), done.err
     assert (tmp_path / "own").read_bytes() == (tmp_path / "plain").read_bytes()
 
 

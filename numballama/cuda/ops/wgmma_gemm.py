@@ -81,7 +81,8 @@ def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int, mu
 def is_halved(ctx: LaunchContext, weights: Sequence[Matrix], paired: bool = False) -> bool:
     """Whether two blocks have half of K each.
 
-    They have if twice as many blocks run at once, whatever the number of tokens: on it a row's bits may not depend.
+    They have where a run of `PROMPT_CHUNK` tokens leaves room for twice as many blocks. How many tokens a run really
+    has is not asked: a row's bits may not depend on it.
     """
     first = weights[0]
     rows = [w.shape[0] for w in weights[: 1 if paired else 3]]
