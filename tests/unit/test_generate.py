@@ -418,7 +418,7 @@ def interrupting(call: Any, nth: int, how: str) -> Any:
     return signalling
 
 
-PROMPT = "a story " * 10
+PROMPT = "a story " * 20
 INTERRUPTED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "seed": 3, "ignore_eos": True}
 
 
@@ -432,7 +432,7 @@ def test_an_interrupt_keeps_the_text_and_the_model(
     with model.exclusive():
         pass  # forgets the prompt's pages
     whole = list(model.stream(PROMPT, **INTERRUPTED))
-    assert 64 < whole[0].prompt_tokens <= 128, "two runs, of which the second samples"
+    assert 128 < whole[0].prompt_tokens <= 256, "two runs, of which the second samples"
     with model.exclusive():
         pass
     runner = model.token_engine.runner

@@ -200,7 +200,9 @@ def test_kv_dtype(tiny_file: Path, kv_dtype: str | None, size: int) -> None:
 
 def test_context_beyond_the_models_own_is_noted(tiny_file: Path) -> None:
     with numballama.compile(tiny_file, device="cpu", context=TINY.context + 1) as model:
-        assert model.context == TINY.context + 1 and any("trained for 138, beyond that" in note for note in model.notes)
+        assert model.context == TINY.context + 1 and any(
+            f"trained for {TINY.context}, beyond that" in note for note in model.notes
+        )
         assert np.isfinite(model.logits(np.arange(TINY.context + 1))).all()
 
 

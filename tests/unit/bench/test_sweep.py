@@ -54,9 +54,9 @@ def test_a_step_of_two_sequences_reads_the_weights_once(tiny_file: Path) -> None
             bench(model, 70, 1, 1, sequences=2)
     with (
         numballama.compile(tiny_file, device="cpu", max_sequences=2, kv_tokens=TINY.context) as model,
-        pytest.raises(ContextError, match="2 sequences of 120 tokens do not fit the KV cache"),
+        pytest.raises(ContextError, match="2 sequences of 150 tokens do not fit the KV cache"),
     ):
-        bench(model, 100, 20, 1, sequences=2)
+        bench(model, 130, 20, 1, sequences=2)
 
 
 SPEEDS = [

@@ -42,8 +42,8 @@ def test_the_table_is_read_without_numba() -> None:
 
 def test_shapes_of_scratch_arrays() -> None:
     x, weight = (64, 256), (100, 256)
-    # a panel, elements not yet transposed
-    assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 2 * 16 * 256)
+    # a panel of 1,024 columns, and elements of 256 not yet transposed
+    assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 16 * 1024 + 16 * 256)
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
     assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 3, 5 * 32 + 7)
