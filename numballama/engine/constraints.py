@@ -19,8 +19,8 @@ SLOW_S = 0.01
 MASK_WAIT_S = 0.002
 """How long a step waits for the next masks, once for each. Sequences whose mask is later have no row in its run."""
 MASK_WAIT, MASK_WAIT_IN_FLIGHT = 0.05, 0.5
-"""How much of a step's usual time it waits at most if a sequence without a constraint could go on, and if it does: if
-another run is in flight.
+"""Where a sequence without a constraint runs too, the part of the last step's time that a step waits for masks at most:
+while the device has no run, and while another run is in flight.
 """
 IDLE_S = 0.05
 """How long a step that has nothing to compute waits for the next mask."""

@@ -55,8 +55,8 @@ def test_an_address_is_what_the_rfc_says() -> None:
     ours, theirs = re.compile(PATTERNS["email"][1:-1]), re.compile(RFC)
     found = 0
     for length in range(3, 9):
-        for letters in itertools.product("a-.@!", repeat=length):
-            text = "".join(letters)
+        for characters in itertools.product("a-.@!", repeat=length):
+            text = "".join(characters)
             assert (ours.fullmatch(text) is None) == (theirs.fullmatch(text) is None), text
             found += ours.fullmatch(text) is not None
     assert found > 1000, "the test is about something"
