@@ -10,7 +10,7 @@ import numpy as np
 from .. import progress
 from ..checkpoint import Weight
 from ..errors import Error
-from ..fusion import fuse
+from ..fusion import FUSIONS, fuse
 from ..graph import NOT_CACHED, PAGE_TABLE
 from ..ir import DTYPES, Graph
 from ..kernel_cache import cuda_cache_directory
@@ -22,10 +22,11 @@ from .compiler import compile_kernel
 from .decode_pipeline import LOOKAHEAD, Mailbox
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
 from .kernels.params import PROMPT_CHUNK
-from .launch import Array, Launch, Matrix, Peers, Specialization
+from .launch import Array, Launch, Matrix, Peers, Specialization, Work
+from .nccl import PreparedCollective
 from .ops import skinny
 from .ops.gemm import FEW
-from .program import CudaProgram
+from .program import CudaProgram, Prepared
 from .sampler_table import DeviceSamplerTable, Staging
 from .weights import Weights, aligned
 
@@ -112,6 +113,11 @@ class CudaBackend:
         self.states |= {"exchange": peers.exchange, "arrivals": peers.arrivals}
 
     @property
+    def by_nccl(self) -> bool:
+        """Whether NCCL exchanges this rank's values."""
+        return self.peers is not None and self.peers.communicator is not None
+
+    @property
     def workers(self) -> int:
         """Streaming multiprocessors."""
         return self.device.n_sms
@@ -170,6 +176,9 @@ class CudaBackend:
         Without `prepare`, they are compiled when a program first runs. `report(kernel, done, total)` is called before
         each kernel.
         """
+        if self.by_nccl:  # NCCL adds up what is complete: no linear step sends its results itself
+            named = fusions if not isinstance(fusions, bool) else FUSIONS if fusions else ()
+            fusions = [name for name in named if name != "all_reduce"]
         plan = lower(fuse(graph, self.name, fusions), self.name, self.device.n_sms)
         new = [
             v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states
@@ -241,17 +250,22 @@ class CudaBackend:
             if isinstance(owned, CudaProgram):
                 owned.pipeline.discard()
 
-    def prepare_launches(self, steps: Sequence[Sequence[Launch]]) -> list[list[PreparedLaunch]]:
+    def prepare_launches(self, steps: Sequence[Sequence[Work]]) -> list[list[Prepared]]:
         """Compile the launches' kernels, or take them from the cache, load them and build the driver's structures."""
         self._compile_all(steps)
-        return [
-            [PreparedLaunch(self.device, self._loaded[launch.specialization], launch) for launch in launches]
-            for launches in steps
-        ]
+        return [[self._prepare_one(launch) for launch in launches] for launches in steps]
 
-    def _compile_all(self, steps: Sequence[Sequence[Launch]], report: progress.Report | None = None) -> None:
+    def _prepare_one(self, launch: Work) -> Prepared:
+        if isinstance(launch, Launch):
+            return PreparedLaunch(self.device, self._loaded[launch.specialization], launch)
+        assert self.peers is not None and self.peers.communicator is not None
+        return PreparedCollective(self.device, self.peers.communicator, launch, launch.source.shape[0])
+
+    def _compile_all(self, steps: Sequence[Sequence[Work]], report: progress.Report | None = None) -> None:
         """Compile and load the kernels that are not loaded yet."""
-        wanted = dict.fromkeys(launch.specialization for launches in steps for launch in launches)
+        wanted = dict.fromkeys(
+            launch.specialization for launches in steps for launch in launches if isinstance(launch, Launch)
+        )
         missing = [kernel for kernel in wanted if kernel not in self._loaded]
         capability, cache = self.device.capability, cuda_cache_directory()
         compiled = compile_ahead(missing, capability, cache, report)
@@ -274,8 +288,11 @@ class CudaBackend:
             self._capture(program)
 
     def _capture(self, program: CudaProgram) -> None:
-        """Capture a program's graphs now if there may be several sequences: others would wait for it."""
-        if self.states[PAGE_TABLE].shape[0] > 2:
+        """Capture a program's graphs now if there may be several sequences: others would wait for it.
+
+        Not with NCCL: all ranks must capture its calls at the same time, as they do when a graph first runs.
+        """
+        if self.states[PAGE_TABLE].shape[0] > 2 and not self.by_nccl:
             program.pipeline.capture()
 
     def close(self) -> None:

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from ..sampling import FEED, Sampled, SamplerTable
-from .driver import Device, Memory, Pinned, PreparedLaunch
-from .launch import Launch, RowKind
+from .driver import Device, Memory, Pinned
+from .launch import RowKind, Work
 from .ops import collectives, sampling
 from .sampler_table import DeviceSampled
 
 if TYPE_CHECKING:
-    from .program import CudaProgram
+    from .program import CudaProgram, Prepared
 
 LOOKAHEAD = 2
 """Number of runs to queue beyond the one whose tokens the host waits for."""
@@ -140,9 +140,8 @@ class DecodePipeline:
         logits = program.values.get("logits")
         self._vocab = logits.shape[-1] if logits is not None else 0
         self.sampled = DeviceSampled(self._device, logits.shape[0] if logits is not None else 1)
-        self._tails: dict[str, list[Launch]] = {}
-        self._prepared_tails: dict[str, list[PreparedLaunch]] = {}
-        self._feed: list[PreparedLaunch] = []
+        self._tails: dict[str, list[Work]] = {}
+        self._prepared_tails: dict[str, list[Prepared]] = {}
         self._logprobs: _Logprobs | None = None
         self._wanted: dict[int, int] = {}
         """Run → how many likeliest tokens its rows want at most, for runs that want log probabilities."""
@@ -155,7 +154,7 @@ class DecodePipeline:
 
     # Launches after a plan's steps
 
-    def tail(self, kind: str) -> list[Launch]:
+    def tail(self, kind: str) -> list[Work]:
         """Launches after the plan. `kind` is "greedy" (the plan's own argmax has chosen), "sample", "logprobs" or, on
         ranks above 0, "receive".
         """
@@ -163,7 +162,7 @@ class DecodePipeline:
             program, mailbox = self._program, self._backend.mailbox
             inputs, next_token = program.run_inputs, program.array("next")
             table = self._backend.sampler_table(self._vocab)
-            launches: list[Launch] = []
+            launches: list[Work] = []
             if kind in ("sample", "logprobs"):
                 launches += sampling.sample(
                     inputs.rows, program.array("logits"), inputs.slots, table.arrays,
@@ -190,18 +189,18 @@ class DecodePipeline:
         peers = self._backend.peers
         return ("greedy", "sample") if peers is None or peers.rank == 0 else ("receive",)
 
-    def all_launches(self) -> list[list[Launch]]:
+    def all_launches(self) -> list[list[Work]]:
         """The launches of all tails, and the one that feeds tokens."""
         kinds = self._likely_kinds
         rare = ("logprobs",) if "sample" in kinds else ()
         return [*map(self.tail, (*kinds, *rare)), self._feed_launches()]
 
-    def _feed_launches(self) -> list[Launch]:
+    def _feed_launches(self) -> list[Work]:
         table, program = self._backend.sampler_table(self._vocab), self._program
-        return sampling.feed(
+        return [*sampling.feed(
             tokens=program.run_inputs.tokens, ids=program.array("ids"), sequences=program.array("sequences"),
             last_token=table.arrays["last_token"],
-        )  # fmt: skip
+        )]  # fmt: skip
 
     def capture(self) -> None:
         """Capture the graphs of likely runs now, so that none waits for it later."""
@@ -221,15 +220,17 @@ class DecodePipeline:
                     program.capture((0, end, start, *kinds), program.prepared_steps(0, end, start, kinds))
         program.capture(("feed",), self._feed_launch())
 
-    def _whole_run(self, kind: str, start: int, kinds: tuple[RowKind, ...]) -> list[PreparedLaunch]:
-        """The launches of a run; sampling takes the place of the plan's argmax."""
+    def _whole_run(
+        self, kind: str, start: int, kinds: tuple[RowKind, ...], counts: tuple[int, ...] = ()
+    ) -> list[Prepared]:
+        """The launches of a run; sampling takes the place of the plan's argmax. `counts` are what NCCL exchanges."""
         program = self._program
         if kind not in self._prepared_tails:
             (self._prepared_tails[kind],) = self._backend.prepare_launches([self.tail(kind)])
         end = len(program.plan.steps) if kind == "greedy" else program.plan.sampling_start
-        return program.prepared_steps(0, end, start, kinds) + self._prepared_tails[kind]
+        return program.sized(program.prepared_steps(0, end, start, kinds) + self._prepared_tails[kind], counts)
 
-    def _feed_launch(self) -> list[PreparedLaunch]:
+    def _feed_launch(self) -> list[Prepared]:
         (prepared,) = self._backend.prepare_launches([self._feed_launches()])
         return prepared
 
@@ -244,8 +245,8 @@ class DecodePipeline:
         if not continues:
             self._start(tokens, rows, table)
         start = program.variant_start(int(positions[0]) if tokens == 1 else int(positions.max()))
-        kind, kinds = self._kind, program.run_inputs.row_kinds
-        program.replay(("run", kind, start, *kinds), lambda: self._whole_run(kind, start, kinds))
+        kind, kinds, counts = self._kind, program.run_inputs.row_kinds, program.exchanged(tokens, rows)
+        program.replay(("run", kind, start, *kinds, *counts), lambda: self._whole_run(kind, start, kinds, counts))
         mailbox = self._backend.mailbox
         mailbox.launched += 1
         number = mailbox.launched

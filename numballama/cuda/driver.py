@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import re
 import threading
 import weakref
@@ -22,6 +23,7 @@ from ..errors import NEXT_STEP, DeviceError
 from ..memory import format_bytes
 from .compiler import Cubin
 from .launch import Array, Launch, TensorMap
+from .nccl import PreparedCollective
 
 try:
     from cuda.bindings import driver
@@ -242,6 +244,18 @@ class Device:
         check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))
 
 
+def pairs_without_access(devices: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of GPUs, named "cuda:N", of which one does not reach the other's memory. Makes no context on any."""
+    check(driver.cuInit(0))
+    names = dict.fromkeys(devices)
+    handles = {name: check(driver.cuDeviceGet(int(name.partition(":")[2] or 0))) for name in names}
+
+    def reaches(one: str, other: str) -> bool:
+        return bool(check(driver.cuDeviceCanAccessPeer(handles[one], handles[other])))
+
+    return [pair for pair in itertools.combinations(names, 2) if not (reaches(*pair) and reaches(*reversed(pair)))]
+
+
 def versions() -> dict[str, str | None]:
     """Versions of the driver (None if the system does not tell) and of the CUDA that it supports."""
     number = int(check(driver.cuDriverGetVersion()))
@@ -356,8 +370,9 @@ class PreparedLaunch:
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
         config.hStream = device.stream
-        if device.capability >= (9, 0):
-            attributes = [_early_start()] + [_cluster(launch.cluster)] * (launch.cluster > 0)
+        self._starts_early = device.capability >= (9, 0)
+        if self._starts_early:
+            attributes = [_cluster(launch.cluster)] * (launch.cluster > 0) + [_early_start()]  # last: see `after_all`
             config.attrs, config.numAttrs = attributes, len(attributes)
         if launch.cluster > 0:  # more would begin when the others have done all work
             most = check(driver.cuOccupancyMaxActiveClusters(kernel.handle, config)) // config.gridDimY
@@ -372,6 +387,27 @@ class PreparedLaunch:
     def __call__(self) -> None:
         """Enqueue the launch in the stream."""
         check(driver.cuLaunchKernelEx(self._config, self._kernel.handle, self._arguments, 0))
+
+    def after_all(self) -> None:
+        """Enqueue the launch, to begin when all before it in the stream has ended."""
+        self._config.numAttrs -= self._starts_early
+        try:
+            self()
+        finally:
+            self._config.numAttrs += self._starts_early
+
+
+def enqueue(launches: Sequence[Callable[[], None]]) -> None:
+    """Enqueue launches, one after the other. What follows a collective does not begin early: kernels of NCCL's do not
+    say when it may.
+    """
+    before: Callable[[], None] | None = None
+    for launch in launches:
+        if isinstance(before, PreparedCollective) and isinstance(launch, PreparedLaunch):
+            launch.after_all()
+        else:
+            launch()
+        before = launch
 
 
 _capturing = threading.Lock()
@@ -391,10 +427,12 @@ class CudaGraph:
                 device.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             ))  # fmt: skip
             try:
-                for launch in launches:
-                    launch()
-            finally:
+                enqueue(launches)
                 graph = check(driver.cuStreamEndCapture(device.stream))
+            except BaseException:
+                _abandon_capture(device.stream)
+                raise
+            finally:
                 if collecting:
                     gc.enable()
         self._graph = check(driver.cuGraphInstantiate(graph, 0))
@@ -404,6 +442,13 @@ class CudaGraph:
     def replay(self) -> None:
         """Enqueue the whole graph in the stream."""
         check(driver.cuGraphLaunch(self._graph, self._device.stream))
+
+
+def _abandon_capture(stream: Any) -> None:
+    """End a capture that has failed, if it has not ended, and destroy what was captured: NCCL waits for that."""
+    code, graph = driver.cuStreamEndCapture(stream)
+    if not int(code):
+        driver.cuGraphDestroy(graph)
 
 
 def _destroy_graph(context: Any, graph: Any) -> None:

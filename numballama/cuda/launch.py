@@ -9,12 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from ..errors import UnsupportedError
 from ..ir import nbytes_of
 from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
+
+if TYPE_CHECKING:
+    from .nccl import Communicator
 
 PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name in LINEAR_TYPES}
 """Type of a weight → type of its payload in device memory. Scales are stored separately, so q8_0 becomes int8."""
@@ -216,6 +219,41 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """An exchange between ranks by NCCL, in the place of a launch. It exchanges whole rows; those beyond the run's have
+    any values.
+    """
+
+    kind: Literal["all_reduce", "all_gather", "gather_parts", "broadcast"]
+    """out = the sum of `source` over ranks; one row of each, side by side; the rows of each rank at its place of
+    `parts`; rank 0's tokens.
+    """
+    source: Array
+    """[T, columns], of this rank."""
+    out: Array
+    counter: Array
+    """i32 [1] in device memory: rows of the current run. It tells whether these are tokens or rows with logits."""
+    numbers: int
+    """Of a row of this rank."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """For each rank where its rows come to, and how many numbers a row has."""
+    only_for: ClassVar[None] = None
+    variant_starts: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return f"nccl_{self.kind}"
+
+    def variant_for(self, position: int) -> Collective:
+        """Itself, at all positions."""
+        return self
+
+
+Work = Launch | Collective
+"""What a step does in the stream."""
+
+
+@dataclass(frozen=True)
 class Peers:
     """What a rank's kernels need to exchange values with ranks on other GPUs: see `kernels.collectives`."""
 
@@ -234,6 +272,8 @@ class Peers:
     """Address of a 32-bit word, in host memory that kernels reach. Once it is not 0, they no longer wait."""
     alike: bool = True
     """Whether all GPUs have the same kernels and tiles: the same capability and number of multiprocessors."""
+    communicator: Communicator | None = None
+    """NCCL, if that exchanges values. Then nobody uses `exchange`, `arrivals`, `addresses` and `stop`."""
 
 
 @dataclass(frozen=True)

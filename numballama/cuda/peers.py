@@ -1,4 +1,5 @@
 """`PeerMemory`: device memory of a rank that the ranks on other GPUs write to, and theirs as this device reaches it.
+`NcclPeers`: NCCL in its place, where a device does not reach it.
 
 Each rank has a process of its own. A handle of 64 bytes stands for memory of another process (CUDA's IPC). Writes to
 memory of another GPU go over NVLink or PCIe.
@@ -6,13 +7,14 @@ memory of another GPU go over NVLink or PCIe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..errors import DeviceError
 from ..memory import round_up
 from ..ops import CELL
+from . import nccl
 from .driver import Device, MappedMemory, Memory, RegisteredMemory
 from .kernels.params import TOKEN_ROWS
 from .launch import Array, Peers
@@ -20,6 +22,11 @@ from .ops.collectives import WORKERS, empty_parts, exchange_size
 
 UNIT = 2 << 20
 """Memory that is shared is whole units of this: smaller allocations share one with others."""
+
+
+def borders_of(shares: Sequence[range]) -> np.ndarray:
+    """Where the columns of each rank begin, and the number of all."""
+    return np.array([*(share.start for share in shares), shares[-1].stop], np.int64)
 
 
 class PeerMemory:
@@ -75,7 +82,7 @@ class PeerMemory:
                 ) from None
             addresses[rank] = self._others[-1].address
         self._registered = RegisteredMemory(self._device, shared)
-        borders = np.array([*(share.start for share in shares), shares[-1].stop], np.int64)
+        borders = borders_of(shares)
         tables = np.concatenate([addresses, borders])
         self._tables = Memory(self._device, tables.nbytes, "addresses of ranks")
         self._device.write(self._tables.address, tables.ctypes.data, tables.nbytes)
@@ -91,3 +98,53 @@ class PeerMemory:
         for memory in (*self._others, self._registered, self._tables, self._memory):
             if memory is not None:
                 memory.free()
+
+
+class NcclPeers:
+    """This rank's exchanges by NCCL. `unique_id` is rank 0's, for all ranks; empty on the others.
+
+    Raises `DeviceError` without NCCL.
+    """
+
+    def __init__(self, device: Device, rank: int, ranks: int) -> None:
+        self.rank, self._device, self._ranks = rank, device, ranks
+        self._library = nccl.load()
+        self.unique_id = self._library.unique_id() if rank == 0 else b""
+        self._communicator: nccl.Communicator | None = None
+        self._tables: Memory | None = None
+
+    def connect(self, unique_id: bytes, shares: tuple[range, ...], stopped: Callable[[], bool]) -> Peers:
+        """Meet the other ranks, and exchange a number to see that it works. Once `stopped` is true, nobody waits.
+
+        Raises `DeviceError` if NCCL fails.
+        """
+        made = self._communicator = nccl.Communicator(
+            self._library, self._ranks, self.rank, unique_id, self._device.make_current, stopped
+        )
+        if stopped():  # `stop` may have come too early to find it
+            made.abort()
+        borders = borders_of(shares)
+        tables = np.concatenate([np.ones(1, np.float32).view(np.int32), np.zeros(1, np.int32), borders.view(np.int32)])
+        self._tables = Memory(self._device, tables.nbytes, "borders of ranks")
+        one = self._tables.address
+        self._device.write(one, tables.ctypes.data, tables.nbytes)
+        made.all_reduce(one, one, 1, int(self._device.stream))
+        summed = np.zeros(1, np.float32)
+        self._device.read(one, summed)
+        if summed[0] != self._ranks and not stopped():
+            raise DeviceError(f"NCCL: the sum of a 1 from each of {self._ranks} ranks is {summed[0]:g}")
+        nothing = Array(one, (1,), "f32"), Array(one, (self._ranks, 1, 1), "i32"), Array(one, (1,), "i64")
+        places = Array(one + 8, borders.shape, "i64")
+        return Peers(self.rank, *nothing, shares, places, 0, communicator=made)
+
+    def stop(self) -> None:
+        """End kernels that wait for other ranks."""
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def free(self) -> None:
+        """Free what NCCL has, without the other ranks."""
+        if self._communicator is not None:
+            self._communicator.close()
+        if self._tables is not None:
+            self._tables.free()

@@ -21,7 +21,8 @@ from ..sampling import Sampled, SamplerTable
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
 from .kernels.params import PREFILL_ATTENTION_TILE, WGMMA_ATTENTION_TILE
-from .launch import Array, Launch, LaunchContext, Matrix, RowKind
+from .launch import Array, LaunchContext, Matrix, RowKind, Work
+from .nccl import PreparedCollective
 from .ops import wide
 from .weights import ALIGNMENT, aligned
 
@@ -30,8 +31,20 @@ if TYPE_CHECKING:
 
 GraphKey = tuple[str | int, ...]
 """Key of a captured graph: (first step, end, variant start, …), or ("run", kind of tail, variant start, …), followed by
-the kinds of rows in the run.
+the kinds of rows in the run, and with NCCL by how many rows it exchanges.
 """
+Prepared = PreparedLaunch | PreparedCollective
+"""A launch, or NCCL in its place, ready to be enqueued."""
+LEAST_EXCHANGED = 128
+"""NCCL exchanges as many rows as are captured: this times a power of two, of a program for more than so many tokens."""
+
+
+def rows_to_exchange(rows: int, most: int, least: int, factor: int) -> int:
+    """`least` times a power of `factor` that has room for `rows`, at most `most`: few, as each has its graph."""
+    count = least
+    while count < rows:
+        count *= factor
+    return min(count, most)
 
 
 def tile_rows(capability: tuple[int, int]) -> int:
@@ -139,7 +152,7 @@ class RunInputs:
         self._device.write(self.memory.address, self._pinned.address + start, self.nbytes)
 
 
-def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[str, Array | Matrix]) -> list[Launch]:
+def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[str, Array | Matrix]) -> list[Work]:
     """The launches of a plan's step, from the launch function that the registry has for it.
 
     `operands` maps the names of values and of the step's scratch to device memory. Raises `Error` for a launch function
@@ -156,7 +169,7 @@ def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[st
                 f"that name; it has {', '.join([*step.op.attrs, *scratch]) or 'none'}"
             )
         arguments.append(operands[scratch[name].name] if name in scratch else step.op.attrs[name])
-    launches: list[Launch] = step.kernel.function(ctx, *arguments)
+    launches: list[Work] = step.kernel.function(ctx, *arguments)
     return launches
 
 
@@ -201,12 +214,13 @@ class CudaProgram:
             bind_step(step, plan.graph, of_rows if step.of_rows else self.ctx, operands) for step in plan.steps
         ]
         """The launches of each step."""
+        self._by_nccl = backend.by_nccl
         wide.join_sums(self.launches)
         self.variant_starts = sorted({
             start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip
         """Positions at which some launches change to a faster variant."""
-        self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
+        self._prepared: dict[int, list[list[Prepared]]] = {}
         self.pipeline = DecodePipeline(self)
         self._owned.append(self.pipeline.sampled.memory)
 
@@ -284,7 +298,7 @@ class CudaProgram:
     # Launches
 
     @property
-    def all_launches(self) -> list[list[Launch]]:
+    def all_launches(self) -> list[list[Work]]:
         """The launches of each step with all their variants."""
         return [
             [launch.variant_for(start) for start in (0, *self.variant_starts) for launch in step]
@@ -292,11 +306,11 @@ class CudaProgram:
         ]
 
     @property
-    def prepared_launches(self) -> list[list[PreparedLaunch]]:
+    def prepared_launches(self) -> list[list[Prepared]]:
         """The prepared launches of each step, in the variants for the positions of the current inputs."""
         return self._prepared_from(self.variant_start(self.max_position(self.plan.tokens)))
 
-    def launches_of_run(self, tokens: int) -> list[list[PreparedLaunch]]:
+    def launches_of_run(self, tokens: int) -> list[list[Prepared]]:
         """The launches of each step as the last run of `tokens` tokens has them: in the variants for their positions,
         and for the kinds of rows that it had.
         """
@@ -330,7 +344,7 @@ class CudaProgram:
         """The largest of `variant_starts` that is not above a position; 0 before the first."""
         return max((start for start in self.variant_starts if start <= position), default=0)
 
-    def _prepared_from(self, start: int) -> list[list[PreparedLaunch]]:
+    def _prepared_from(self, start: int) -> list[list[Prepared]]:
         """Each step's launches for positions from a variant's start on. Kernels not seen before are compiled now."""
         if start not in self._prepared:
             launches = [[launch.variant_for(start) for launch in step] for step in self.launches]
@@ -339,7 +353,7 @@ class CudaProgram:
 
     def prepared_steps(
         self, begin: int, end: int, start: int, kinds: Collection[RowKind] = ("chunks", "single rows")
-    ) -> list[PreparedLaunch]:
+    ) -> list[Prepared]:
         """The launches of steps [begin, end), one after the other, in the variants from `start` on, for runs that have
         rows of these kinds.
         """
@@ -350,12 +364,37 @@ class CudaProgram:
             if launch.only_for is None or launch.only_for in kinds
         ]
 
-    def capture(self, key: GraphKey, launches: list[PreparedLaunch]) -> None:
+    def exchanged(self, tokens: int, rows: int) -> tuple[int, ...]:
+        """How many tokens, and rows with logits, NCCL exchanges in a run of so many; nothing without NCCL.
+
+        All ranks find the same: they have the same runs.
+        """
+        if not self._by_nccl:
+            return ()
+        most, most_rows = self.plan.tokens, self.run_inputs.max_rows
+        if "rows" not in self.inputs:  # made for this number of sequences
+            return most, most_rows
+        return (
+            rows_to_exchange(tokens, most, min(LEAST_EXCHANGED, most), 2), rows_to_exchange(rows, most_rows, 1, 4)
+        )  # fmt: skip
+
+    def sized(self, launches: Sequence[Prepared], counts: Sequence[int]) -> list[Prepared]:
+        """The launches, whose collectives exchange as many rows as `exchanged` says."""
+
+        def rows_of(launch: PreparedCollective) -> int:
+            return counts[launch.collective.counter == self.run_inputs.rows]
+
+        return [
+            replace(launch, rows=rows_of(launch)) if isinstance(launch, PreparedCollective) else launch
+            for launch in launches
+        ]
+
+    def capture(self, key: GraphKey, launches: list[Prepared]) -> None:
         """Capture a graph, unless it has been."""
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(self._device, launches)
 
-    def replay(self, key: GraphKey, launches: Callable[[], list[PreparedLaunch]]) -> None:
+    def replay(self, key: GraphKey, launches: Callable[[], list[Prepared]]) -> None:
         """Enqueue a captured graph in the stream. The first time, `launches` gives the launches to capture."""
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(self._device, launches())
@@ -398,8 +437,11 @@ class CudaProgram:
         """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
         self.run_inputs.send(tokens, rows)
-        kinds = self.run_inputs.row_kinds
-        self.replay((begin, end, start, *kinds), lambda: self.prepared_steps(begin, end, start, kinds))
+        kinds, counts = self.run_inputs.row_kinds, self.exchanged(tokens, rows)
+        self.replay(
+            (begin, end, start, *kinds, *counts),
+            lambda: self.sized(self.prepared_steps(begin, end, start, kinds), counts),
+        )
 
     def _claim_backend(self) -> None:
         """Tell the program that ran before that its next run follows another's: programs share the KV cache."""

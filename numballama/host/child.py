@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -20,3 +21,13 @@ def python_environment(**variables: str) -> dict[str, str]:
         "PYTHONNOUSERSITE": "1",  # the user's packages are in the path above if this process has them
     }
     return os.environ | ours | variables
+
+
+def how_it_ended(code: int) -> str:
+    """The exit code of a process in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal between the first and the last has no name
+        return f"signal {-code}"

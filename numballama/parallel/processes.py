@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from ..cpu.fork import mark_workers_started, refuse_forked
 from ..errors import CLOSED, COMPILE_AGAIN, DeviceError, Error, UnsupportedError
 from ..fusion import FUSIONS
 from ..host import interrupts
-from ..host.child import can_start_python, python_environment
+from ..host.child import can_start_python, how_it_ended, python_environment
 from ..ir import Graph
 from ..plan import Plan
 from ..progress import Report, progress_bar
@@ -45,7 +44,7 @@ from .backend import RanksBackend
 from .communication import REPEATS, RUNS
 from .graph_json import dump_graph
 from .hangs import LOOK_S, HangWatch, Task
-from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank
+from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank, way_of_exchange
 from .rank_memory import DONE, FAILED, FREE, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
 from .shard import Layout, Shard
@@ -69,16 +68,6 @@ NOTICE_S = 0.3
 """Seconds in which the end of a process is noticed: what fails on rank 0 meanwhile may be a consequence."""
 
 
-def how_it_ended(code: int) -> str:
-    """The exit code of a process in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:  # a real-time signal between the first and the last has no name
-        return f"signal {-code}"
-
-
 class RankGroup:
     """The processes of ranks 1 and up, and the memory that they share with this one."""
 
@@ -86,9 +75,9 @@ class RankGroup:
         if not can_start_python():
             raise DeviceError(f"ranks need processes of Python, and {sys.executable} is not Python")
         self.memory = RankMemory.create(sizes)
-        self._pid = os.getpid()
+        self._pid, self._closing = os.getpid(), False
         self._failure: str | None = None
-        self._closing = False
+        self._end_waits: Callable[[], None] = lambda: None
         self._task = Task(1)
         """The last message; the start counts as the first."""
         mark_workers_started()
@@ -115,7 +104,17 @@ class RankGroup:
             return
         why = self.memory.failure(rank)
         self._failure = self._failure or f"rank {rank} ended with {how_it_ended(code)}" + (f": {why}" if why else "")
+        self._stop()
+
+    def _stop(self) -> None:
         self.memory.stop()
+        self._end_waits()
+
+    def on_stop(self, end_waits: Callable[[], None]) -> None:
+        """Call this when the ranks are stopped, or now if they have been: rank 0's device may wait for them."""
+        self._end_waits = end_waits
+        if self.memory.stopped:
+            end_waits()
 
     def _look(self) -> None:
         """Kill a rank that hangs."""
@@ -217,7 +216,7 @@ class RankGroup:
         if os.getpid() != self._pid:
             return
         self._closing = True
-        self.memory.stop()
+        self._stop()
         for process in self.processes:
             if process.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -334,9 +333,10 @@ class ProcessBackend(RanksBackend):
         ranks = len(devices)
         shares, of_ranks = divided(config, weights, ranks, int8_activations)
         self.on_gpus = devices[0] != "cpu"
+        by_nccl = way_of_exchange(devices) if self.on_gpus else ""
 
         def open_first() -> CpuRank | GpuRank:
-            return open_rank(devices[0], 0, ranks, of_ranks[0], threads, batch_invariant)
+            return open_rank(devices[0], 0, ranks, of_ranks[0], threads, batch_invariant, bool(by_nccl))
 
         first: CpuRank | GpuRank | None = None
         if self.on_gpus:
@@ -351,12 +351,13 @@ class ProcessBackend(RanksBackend):
 
         def settings(rank: int, file: int) -> Settings:
             of_rank = os.fspath(path), devices[rank], dtype, rank, *sizes, file
-            return Settings(*of_rank, batch_invariant, int8_activations)
+            return Settings(*of_rank, batch_invariant, int8_activations, bool(by_nccl))
 
         self.group = RankGroup(settings, sizes)
         weakref.finalize(self, self.group.close)  # its threads keep the group, and so the processes
         try:
             first = first or open_first()  # a GPU's weights are copied while the other ranks copy theirs
+            self.group.on_stop(first.end_waits)
             self._meet(first, shares)
         except BaseException:
             self.group.close()
@@ -364,7 +365,8 @@ class ProcessBackend(RanksBackend):
                 first.close()
             raise
         self._device = first
-        super().__init__(shares, of_ranks, [first.backend], "ranks in processes", exchange)
+        super().__init__(shares, of_ranks, [first.backend], "ranks in processes" + ", NCCL" * bool(by_nccl), exchange)
+        self.notes += [by_nccl] * bool(by_nccl)
         self._programs = 0
 
     def _meet(self, first: CpuRank | GpuRank, shares: Shares) -> None:

@@ -1,11 +1,12 @@
 """A rank's backend in its process, and the memory through which it exchanges values with other ranks: `open_rank`.
 
 CPU ranks exchange them through the memory that their processes share. A rank on a GPU makes memory there, tells the
-others its handle, and maps theirs.
+others its handle, and maps theirs. GPUs that do not reach each other's memory exchange by NCCL: see `way_of_exchange`.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from ..backend import Program
     from ..cpu.backend import CpuBackend, CpuProgram
     from ..cuda.backend import CudaBackend
-    from ..cuda.driver import PreparedLaunch
-    from ..cuda.program import CudaProgram
+    from ..cuda.program import CudaProgram, Prepared
 
 RankProgram: TypeAlias = "CpuProgram | CudaProgram"
 """A rank's program."""
@@ -44,6 +44,9 @@ class RankDevice(ABC):
 
         Raises `DeviceError` where a GPU does not reach the memory of another.
         """
+
+    def end_waits(self) -> None:  # noqa: B027 (most kernels look at a word in memory)
+        """The ranks have been stopped: end waits that do not look at the memory of all. Any thread; returns at once."""
 
     def receive(self, program: RankProgram, tokens: int, rows: int) -> None:
         """Start a run whose tokens rank 0 samples and sends."""
@@ -91,36 +94,60 @@ class CpuRank(RankDevice):
 
 
 class GpuRank(RankDevice):
-    """`device` is "cuda:N". Raises `DeviceError` as `CudaBackend` does."""
+    """`device` is "cuda:N"; `by_nccl`: it does not reach the others' memory. Raises `DeviceError` as `CudaBackend`
+    does, and without NCCL where that is needed.
+    """
 
     backend: CudaBackend
 
     def __init__(
-        self, rank: int, weights: Mapping[str, Weight], device: str, ranks: int, batch_invariant: bool
-    ) -> None:
+        self, rank: int, weights: Mapping[str, Weight], device: str, ranks: int, batch_invariant: bool,
+        by_nccl: bool = False,
+    ) -> None:  # fmt: skip
         from ..cuda.backend import CudaBackend
         from ..cuda.ops.collectives import RESULT_TOKENS
-        from ..cuda.peers import PeerMemory
+        from ..cuda.peers import NcclPeers, PeerMemory
 
         self.rank, self.backend = rank, CudaBackend(weights, device, batch_invariant)
-        if not batch_invariant:  # in long runs results cross the link while others are computed
+        if not (batch_invariant or by_nccl):  # in long runs results cross the link while others are computed
             self.backend.prefill_chunk = RESULT_TOKENS
+        where = self.backend.device, rank, ranks
+        self._peers: PeerMemory | NcclPeers
         try:
-            self._peers = PeerMemory(self.backend.device, rank, ranks, weights["tok_embeddings"].shape[1])
+            if by_nccl:
+                self._peers = NcclPeers(*where)
+            else:
+                self._peers = PeerMemory(*where, weights["tok_embeddings"].shape[1])
         except BaseException:
             self.backend.close()
             raise
 
     def publish(self, memory: RankMemory) -> None:
-        memory.handles[self.rank] = list(self._peers.handle)
+        from ..cuda.peers import PeerMemory
+
+        if isinstance(self._peers, PeerMemory):
+            memory.handles[self.rank] = list(self._peers.handle)
+        elif self.rank == 0:
+            memory.unique_id[:] = list(self._peers.unique_id)
         memory.done[self.rank, FREE] = self.backend.free_bytes() or 0
         (major, minor), n_sms = self.backend.device.capability, self.backend.device.n_sms
         memory.done[self.rank, GPU] = (n_sms * 100 + major) * 100 + minor
 
     def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
-        handles = [bytes(handle) for handle in memory.handles]
-        peers = self._peers.connect(handles, vocab, memory.bytes, memory.stop_at)
+        from ..cuda.peers import PeerMemory
+
+        if isinstance(self._peers, PeerMemory):
+            handles = [bytes(handle) for handle in memory.handles]
+            peers = self._peers.connect(handles, vocab, memory.bytes, memory.stop_at)
+        else:
+            peers = self._peers.connect(bytes(memory.unique_id), vocab, lambda: memory.stopped)
         self.backend.join(replace(peers, alike=len({*memory.done[:, GPU].tolist()}) == 1))
+
+    def end_waits(self) -> None:
+        from ..cuda.peers import NcclPeers
+
+        if isinstance(self._peers, NcclPeers):
+            self._peers.stop()
 
     def receive(self, program: RankProgram, tokens: int, rows: int) -> None:
         from ..cuda.program import CudaProgram
@@ -167,19 +194,49 @@ class LaunchesAlone:
     def run(self, tokens: int) -> None:
         """Does nothing: a run would wait for the other ranks."""
 
-    def launches_of_run(self, tokens: int) -> list[list[PreparedLaunch]]:
+    def launches_of_run(self, tokens: int) -> list[list[Prepared]]:
         """Those of these steps."""
-        launches: list[list[PreparedLaunch]] = self._program.launches_of_run(tokens)  # type: ignore[union-attr]
+        launches: list[list[Prepared]] = self._program.launches_of_run(tokens)  # type: ignore[union-attr]
         return [launches[step] for step in self._steps]
 
 
+VARIABLE = "NUMBALLAMA_EXCHANGE"
+"""Environment variable: "nccl" exchanges by NCCL also between GPUs that reach each other's memory, "peer" never."""
+
+
+def way_of_exchange(devices: Sequence[str]) -> str:
+    """A note that NCCL exchanges values; empty where ranks on these GPUs write into each other's memory.
+
+    Raises `DeviceError` where NCCL is needed and not there, `Error` for a value that the variable does not have.
+    """
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen not in ("", "nccl", "peer"):
+        raise Error(f"{VARIABLE} is {chosen!r}; choose from 'nccl' and 'peer', or unset it")
+    if chosen == "peer":
+        return ""
+    from ..cuda import driver, nccl
+
+    if chosen == "nccl":
+        return f"{VARIABLE}=nccl: NCCL {nccl.load().version} exchanges values"
+    apart = driver.pairs_without_access(devices)
+    if not apart:
+        return ""
+    pairs = ", ".join(" and ".join(pair) for pair in apart)
+    try:
+        version = nccl.load().version
+    except DeviceError as error:
+        raise DeviceError(f"{pairs} do not reach each other's memory, so NCCL is needed; {error}") from None
+    return f"{pairs} do not reach each other's memory: NCCL {version} exchanges values, which is slower"
+
+
 def open_rank(
-    device: str, rank: int, ranks: int, weights: Mapping[str, Weight], workers: int | None, batch_invariant: bool
-) -> CpuRank | GpuRank:
+    device: str, rank: int, ranks: int, weights: Mapping[str, Weight], workers: int | None, batch_invariant: bool,
+    by_nccl: bool = False,
+) -> CpuRank | GpuRank:  # fmt: skip
     """A rank on "cpu", with this number of workers, or on "cuda:N". Raises `DeviceError` as these do."""
     if device == "cpu":
         return CpuRank(rank, weights, workers, batch_invariant)
-    return GpuRank(rank, weights, device, ranks, batch_invariant)
+    return GpuRank(rank, weights, device, ranks, batch_invariant, by_nccl)
 
 
 def exchange_on_gpus(ranks: int, columns: int) -> tuple[int, int]:

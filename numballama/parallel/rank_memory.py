@@ -28,6 +28,8 @@ MESSAGE = 1024
 """Bytes of the reason why a rank failed, UTF-8."""
 HANDLE = 64
 """Bytes of the handle of a rank's device memory."""
+UNIQUE_ID = 128
+"""Bytes by which ranks find each other where NCCL exchanges values."""
 
 DONE, FAILED, BEATS, FREE, FAULTS, GPU = range(6)
 """Elements of a rank's row of `done`."""
@@ -83,6 +85,7 @@ class RankMemory:
             "done": ((ranks, CELL // 2), np.int64),
             "messages": ((ranks, MESSAGE), np.uint8),
             "handles": ((ranks, HANDLE), np.uint8),
+            "unique_id": ((UNIQUE_ID,), np.uint8),
             "data": ((4, ROWS), np.int32),
             "arrivals": ((ranks, workers, CELL), np.int32),
             "exchange": ((2, exchanged), np.float32),
@@ -110,8 +113,8 @@ class RankMemory:
         after a failure, BEATS counts while the process runs, FREE is bytes of device memory that were free after
         loading, FAULTS counts pages that were read from the disk, GPU stands for what kernels depend on of a rank's
         GPU. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
-        self.handles = array("handles")
-        """uint8 [ranks, HANDLE]: of each rank's memory on a GPU."""
+        self.handles, self.unique_id = array("handles"), array("unique_id")
+        """uint8 [ranks, HANDLE]: of each rank's memory on a GPU. uint8 [UNIQUE_ID]: rank 0's, for NCCL."""
         self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")
 
     @classmethod

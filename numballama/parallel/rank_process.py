@@ -48,6 +48,8 @@ class Settings:
     """Descriptor of the shared memory, which the process has inherited."""
     batch_invariant: bool
     int8_activations: bool
+    by_nccl: bool = False
+    """Whether NCCL exchanges values, between GPUs."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -70,7 +72,7 @@ class Rank:
         self.memory = memory
         self.programs: list[RankProgram] = []
         where = settings.device, settings.rank, settings.ranks
-        self.device = open_rank(*where, own, settings.workers, settings.batch_invariant)
+        self.device = open_rank(*where, own, settings.workers, settings.batch_invariant, settings.by_nccl)
         self.device.publish(memory)
 
     def add_program(self, message: bytes) -> None:

@@ -48,7 +48,7 @@ ORDER = """
     cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 activations_int8 \
             vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 collectives ops sampling executor \
             bandwidth timing backend
-    cuda: repack launch lowering intrinsics system_memory quant_traits kernels.params mma fragments group_mma \
+    cuda: repack nccl launch lowering intrinsics system_memory quant_traits kernels.params mma fragments group_mma \
             barriers clusters wgmma tma ops.collectives ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm \
             ops.wide ops.skinny ops.linear ops.attention ops.sampling ops.repack kernels.common kernels.collectives \
             kernels.linear_sums kernels.reduce kernels.dequant kernels.dot kernels.rounding kernels.gemv kernels_cuda \

@@ -226,6 +226,21 @@ def all_gather_kernel(
 
 
 @cuda.jit
+def join_columns_kernel(tokens, gathered, slot, borders, columns, out):
+    """out [T, columns] = the columns of all ranks side by side. NCCL has put the rows of a rank one after the other,
+    from `gathered[rank * slot]` on. A block has a row of `blockIdx.y`.
+    """
+    pdl_sync()
+    row, c = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if row < tokens[0] and c < columns:
+        rank = 0
+        while c >= borders[rank + 1]:
+            rank += 1
+        width = borders[rank + 1] - borders[rank]
+        out[row * columns + c] = gathered[rank * slot + row * width + c - borders[rank]]
+
+
+@cuda.jit
 def send_tokens_kernel(n_rows, next_token, tokens_at, arrivals, workers, peers, rank, ranks):
     """Send the token of each row to the other ranks. One block.
 

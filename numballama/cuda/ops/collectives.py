@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ...errors import Error, UnsupportedError
 from ...memory import ceil_div, round_up
 from ...registry import KernelRef, kernel
-from ..kernels.params import EXCHANGE_THREADS as THREADS
 from ..kernels.params import (
+    ELEMENTWISE_THREADS,
     FLAG_BLOCKS,
     FLAG_NUMBERS,
     FLAG_SLOT,
@@ -17,7 +18,8 @@ from ..kernels.params import (
     WORD_SLOT,
     WORDS_UP_TO,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, Peers, named
+from ..kernels.params import EXCHANGE_THREADS as THREADS
+from ..launch import Argument, Array, Collective, Launch, LaunchContext, Peers, Work, named
 
 KERNELS = "numballama.cuda.kernels.collectives"
 ALL_REDUCE_WORDS = KernelRef(KERNELS, "all_reduce_words_kernel")
@@ -25,6 +27,7 @@ ALL_REDUCE_FLAGS = KernelRef(KERNELS, "all_reduce_flags_kernel")
 ALL_GATHER = KernelRef(KERNELS, "all_gather_kernel")
 SEND_TOKENS = KernelRef(KERNELS, "send_tokens_kernel")
 RECEIVE_TOKENS = KernelRef(KERNELS, "receive_tokens_kernel")
+JOIN_COLUMNS = KernelRef(KERNELS, "join_columns_kernel")
 
 WORKERS = max(WORD_BLOCKS, FLAG_BLOCKS)
 """Entries of a rank in `arrivals`: the blocks that exchange at the same time."""
@@ -85,7 +88,7 @@ class Sums:
 
     def of(self, ctx: LaunchContext, out: Array) -> list[Launch]:
         """The launch that adds up results after the step."""
-        return all_reduce(ctx, out, self.exchange, self.arrivals, out, self.rank)
+        return _all_reduce_by_peers(ctx, out, self.exchange, self.arrivals, out, self.rank)
 
 
 def _peers(ctx: LaunchContext, rank: int) -> Peers:
@@ -95,7 +98,15 @@ def _peers(ctx: LaunchContext, rank: int) -> Peers:
 
 
 @kernel("all_reduce", "cuda", "f32", "f32", "i32")
-def all_reduce(ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int) -> list[Launch]:
+def all_reduce(ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int) -> list[Work]:
+    if _peers(ctx, rank).communicator is not None:
+        return [Collective("all_reduce", x, out, ctx.tokens, x.shape[1])]
+    return [*_all_reduce_by_peers(ctx, x, exchange, arrivals, out, rank)]
+
+
+def _all_reduce_by_peers(
+    ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int
+) -> list[Launch]:
     tokens, columns = x.shape
     peers, numbers = _peers(ctx, rank), tokens * columns
     ranks, workers, _ = arrivals.shape
@@ -115,13 +126,15 @@ def all_reduce(ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, o
 @kernel("all_gather", "cuda", "f32", "f32", "i32")
 def all_gather(
     ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int, begin: int, columns: int
-) -> list[Launch]:
+) -> list[Work]:
     tokens, width = x.shape
     peers = _peers(ctx, rank)
-    ranks, workers, _ = arrivals.shape
     share = peers.shares[rank]
     if (share.start, len(share), peers.shares[-1].stop) != (begin, width, columns):
         raise Error(f"rank {rank} has columns {begin} to {begin + width} of {columns}, and as it joined {share}")
+    if peers.communicator is not None:
+        return _gather_by_nccl(ctx, x, out, peers)
+    ranks, workers, _ = arrivals.shape
     widest = max(map(len, peers.shares))
     arguments = named(
         tokens=ctx.tokens, x=x, out=out, width=width, widest=widest, columns=columns, borders=peers.borders,
@@ -132,8 +145,32 @@ def all_gather(
     return [Launch(ALL_GATHER, (grid,), THREADS, arguments)]
 
 
-def share_tokens(peers: Peers, n_rows: Array, next_token: Array) -> list[Launch]:
+def _gather_by_nccl(ctx: LaunchContext, x: Array, out: Array, peers: Peers) -> list[Work]:
+    """Parts of one row come to their places. Those of several rows come one after the other, and a kernel puts their
+    columns side by side.
+    """
+    (tokens, width), widths = x.shape, [len(share) for share in peers.shares]
+    if tokens == 1:
+        kind: Literal["all_gather", "gather_parts"] = "all_gather" if len({*widths}) == 1 else "gather_parts"
+        places = [out.address + 4 * share.start for share in peers.shares]
+        return [Collective(kind, x, out, ctx.tokens, width, tuple(zip(places, widths, strict=True)))]
+    slot = tokens * max(widths)
+    gathered = replace(ctx.zeros(len(widths) * slot), shape=(len(widths), slot), dtype="f32")
+    places = [gathered.address + 4 * rank * slot for rank in range(len(widths))]
+    arguments = named(
+        tokens=ctx.tokens, gathered=gathered, slot=slot, borders=peers.borders, columns=out.shape[1], out=out
+    )
+    grid = ceil_div(out.shape[1], ELEMENTWISE_THREADS), tokens
+    return [
+        Collective("gather_parts", x, gathered, ctx.tokens, width, tuple(zip(places, widths, strict=True))),
+        Launch(JOIN_COLUMNS, grid, ELEMENTWISE_THREADS, arguments),
+    ]
+
+
+def share_tokens(peers: Peers, n_rows: Array, next_token: Array) -> list[Work]:
     """Send each row's token to the other ranks; on these, receive it. `n_rows` i32 [1]: rows of this run."""
+    if peers.communicator is not None:
+        return [Collective("broadcast", next_token, next_token, n_rows, 1)]
     arrivals, exchange = peers.arrivals, peers.exchange
     tokens_at = arrivals.address + arrivals.nbytes - exchange.address
     where = named(tokens_at=tokens_at, arrivals=arrivals, workers=arrivals.shape[1])

@@ -17,7 +17,7 @@ from ..kernels.params import (
     WIDE_STEP_COLUMNS,
     WIDE_WIDTHS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
+from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, Work, named
 from .collectives import Sums
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
@@ -128,13 +128,15 @@ def launch(
     ]
 
 
-def join_sums(steps: Sequence[list[Launch]]) -> None:
+def join_sums(steps: Sequence[list[Work]]) -> None:
     """Where a step ends with sums over ranks, and the next one begins by rounding them, let one kernel do both, at the
     end of the first step. It writes to the memory of the next step, which nothing uses before.
     """
     for step, following in pairwise(steps):
-        if step and following and (step[-1].kernel, following[0].kernel) == (ADD_UP, ROUND):
-            sums, rounding = step[-1].arguments, following[0]
+        if not (step and following and isinstance(step[-1], Launch) and isinstance(following[0], Launch)):
+            continue
+        sums, rounding = step[-1].arguments, following[0]
+        if (step[-1].kernel, rounding.kernel) == (ADD_UP, ROUND):
             if rounding.arguments["x"] == sums["out"]:
                 of_ranks = {name: value for name, value in sums.items() if name not in ("tokens", "out", "rows")}
                 step[-1] = replace(rounding, kernel=ROUND_SUMS, arguments={**rounding.arguments, **of_ranks})

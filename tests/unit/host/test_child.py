@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from numballama.host.child import can_start_python, python_environment
+from numballama.host.child import can_start_python, how_it_ended, python_environment
 
 
 def test_a_child_finds_the_same_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +26,8 @@ def test_a_program_that_is_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys, "frozen")
     monkeypatch.setattr(sys, "executable", "/opt/blender/blender")
     assert not can_start_python()
+
+
+def test_how_a_process_ended() -> None:
+    assert [how_it_ended(code) for code in (0, 3, -9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
+    assert how_it_ended(-60) == "signal 60", "a real-time signal without a name"

@@ -25,7 +25,7 @@ from numballama.checkpoint import Weight
 from numballama.errors import DeviceError, Error, UnsupportedError
 from numballama.graph import KVLayout, build
 from numballama.parallel import processes
-from numballama.parallel.processes import ProcessBackend, ProcessProgram, how_it_ended
+from numballama.parallel.processes import ProcessBackend, ProcessProgram
 from numballama.parallel.rank_memory import Kind, Until
 from tests.helpers.processes import is_alive, run_python
 
@@ -524,8 +524,3 @@ def test_more_pages_than_a_command_holds(open_ranks: Callable[..., Opened], monk
     monkeypatch.setattr(several.backend.group, "command", command)
     several.backend.set_pages(0, 1, [5, 6, 7, 8, 9])
     assert sent == [(Kind.PAGES, 0, 1, 3, 5, 6, 7), (Kind.PAGES, 0, 4, 2, 8, 9)]
-
-
-def test_how_a_process_ended() -> None:
-    assert [how_it_ended(code) for code in (0, 3, -9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
-    assert how_it_ended(-(signal.SIGRTMIN + 1)) == f"signal {signal.SIGRTMIN + 1}"
