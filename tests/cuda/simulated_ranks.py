@@ -19,12 +19,15 @@ install(run=simulation.run, n_sms=2)
 
 import os
 import signal
+import time
+from dataclasses import replace
 
 import numpy as np
 
 import numballama
 from numballama import DeviceError, Error, Model, SamplingParams, UnsupportedError
 from numballama.config import ModelConfig
+from numballama.cuda import driver
 from numballama.cuda.ops.collectives import empty_parts
 from numballama.host import environment
 from numballama.parallel import communication, processes
@@ -76,6 +79,44 @@ def test_gpus_share_a_model(tmp_path: Path) -> None:
         assert "2 ranks in processes" in two.backend.description
         two.backend.synchronize()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("classifier", ["equal parts", "unequal parts"])
+def test_gpus_share_a_model_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str) -> None:
+    """The same where they do not reach each other's memory; NCCL is a stand-in (`tests/helpers/fake_nccl.py`)."""
+    if classifier == "unequal parts":
+        monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, vocab_size=41))
+    drawn = SamplingParams(temperature=1.0, seed=5, max_tokens=3, ignore_eos=True, logprobs=2)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7, 2]]
+    with compiled(tmp_path, 1) as one:
+        want = one.logits([3, 1, 4])
+        tokens = [tokens_of(one, prompts, GREEDY), tokens_of(one, prompts[1:], drawn)]
+    monkeypatch.setattr(driver, "pairs_without_access", lambda devices: [tuple(devices)])
+    with compiled(tmp_path, 2, sequences=3) as two:
+        assert two.backend.description.endswith("2 ranks in processes, NCCL")
+        assert "cuda:0 and cuda:1 do not reach each other's memory: NCCL 2.28.5 exchanges values, which is slower" in (
+            two.notes
+        )
+        np.testing.assert_allclose(two.logits([3, 1, 4]), want, rtol=1e-4, atol=1e-5)
+        assert [tokens_of(two, prompts, GREEDY), tokens_of(two, prompts[1:], drawn)] == tokens
+        kinds = [step.op.kind for step in two.program.plan.steps]
+        assert kinds.count("all_reduce") == 2 * CONFIG.n_layers and not any("linear_add_all" in kind for kind in kinds)
+        two.backend.synchronize()
+
+
+def test_a_rank_that_is_killed_ends_the_waits_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "nccl")
+    model = compiled(tmp_path, 2)
+    (process,) = group_of(model).processes
+    request = iter(model.token_engine.submit([3, 1], SamplingParams(max_tokens=20, ignore_eos=True)))
+    next(request)
+    os.kill(process.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL; the model must be compiled again"):
+        list(request)
+    assert time.monotonic() - started < 5
+    model.close()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_exchanges_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ class HostDevice:
     shared_limit = 99 << 10
     free_bytes = 1 << 34
     busy = False
-    stream = None
+    stream = 0
 
     def __init__(self, name: str = "cuda") -> None:
         self.name = name
@@ -234,6 +234,7 @@ def install(
         compiler,
         decode_pipeline,
         driver,
+        nccl,
         peers,
         program,
         sampler_table,
@@ -241,6 +242,7 @@ def install(
         weights,
     )
     from tests.helpers import repacked
+    from tests.helpers.fake_nccl import FakeNccl
 
     class HostLaunch:
         def __init__(self, device: HostDevice, kernel: Any, launch: Any) -> None:
@@ -280,3 +282,4 @@ def install(
     patch(peers, "RegisteredMemory", HostRegisteredMemory)
     patch(driver, "Device", HostDevice)  # `compile` asks whether there is a GPU
     patch(driver, "pairs_without_access", lambda devices: [])
+    patch(nccl, "load", lambda: nccl.Library(FakeNccl(), "a stand-in"))

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from numballama.kernel_cache import cache_root
+from tests.helpers.cuda_host import HostDevice, HostGraph, HostMemory, install, missing_packages
 from tests.helpers.extent import EVERYTHING
+from tests.helpers.fake_nccl import FakeNccl
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -409,3 +411,90 @@ def test_what_is_left_behind(failures: ModuleType, monkeypatch: pytest.MonkeyPat
     thread.join()
     free.append([8 << 30, (8 << 30) - (1 << 20)])
     assert before.problems([process.pid], 1) == []
+
+
+@pytest.fixture
+def all_reduce(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("gpu", "all_reduce"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("all_reduce")
+
+
+def test_the_table_of_all_reduces_says_from_where_nccl_is_faster(all_reduce: ModuleType) -> None:
+    seconds = {
+        "4096": {"words": 2e-6, "flags": 4e-6, "nccl": 8e-6},
+        "65536": {"words": 5e-6, "flags": 6e-6, "nccl": 4e-6},
+        "1048576": {"words": 30e-6, "flags": 20e-6, "nccl": 25e-6},
+        "4194304": {"words": 90e-6, "flags": 70e-6, "nccl": 50e-6},
+        "67108864": {"words": 2e-3, "flags": 1e-3, "nccl": 5e-4},
+    }
+    result = {
+        "gpus": 2, "nccl": "2.28.5", "nvls": "0", "commit": "abc", "ways": ["words", "flags", "nccl"],
+        "machine": {"date": "2026-01-01", "gpu": {"name": "a GPU", "driver": "580.1"}}, "missing": {},
+        "seconds": seconds,
+    }  # fmt: skip
+    lines = all_reduce.table(result).splitlines()
+    assert "| 4 KB | 2.0 (2) | 4.0 (1) | 8.0 (1) | words |" in lines
+    assert "| 64 MB | 2,000.0 (34) | 1,000.0 (67) | 500.0 (134) | nccl |" in lines
+    assert lines[-1] == "NCCL is faster from 4 MB on"
+    assert all_reduce.border({"4096": seconds["4096"]}) == "NCCL is faster from no size on"
+    alone = {size: {"nccl": times["nccl"]} for size, times in seconds.items()}
+    result |= {"ways": ["nccl"], "seconds": alone, "missing": {"ours": "no peer access: cuda:0 and cuda:1"}}
+    assert all_reduce.table(result).splitlines()[-1] == "ours not measured: no peer access: cuda:0 and cuda:1"
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="the backend cannot be imported")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_all_reduces_are_measured_and_checked(
+    all_reduce: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """Two ranks, each in a thread, on a stand-in of NCCL; a sum that is wrong is an error."""
+    from numballama.cuda import driver
+    from numballama.errors import DeviceError
+    from numballama.parallel.rank_memory import RankMemory, Sizes
+
+    class Watch:
+        def __init__(self, device: HostDevice) -> None:
+            pass
+
+        def measure(self, action: Any) -> float:
+            action()
+            return 1.0
+
+    install(patch=monkeypatch.setattr)
+    for name, stand_in in {"Memory": HostMemory, "Stopwatch": Watch, "CudaGraph": HostGraph}.items():
+        monkeypatch.setattr(driver, name, stand_in)
+    monkeypatch.setattr(all_reduce, "MOST_TOGETHER", 4)
+    if wrong:
+        monkeypatch.setattr(FakeNccl, "_write", staticmethod(lambda out, data: None))
+        monkeypatch.setattr("numballama.cuda.peers.NcclPeers.connect", unchecked)
+    memory, found = RankMemory.create(Sizes(2, 1, 0)), dict[int, Any]()
+
+    def run(rank: int) -> None:
+        meet = all_reduce.Meeting(memory, rank, lambda: True)
+        try:
+            found[rank] = all_reduce.measure(meet, 2, ["nccl"], [4096, 8192])
+        except DeviceError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if wrong:
+        assert {*found.values()} == {"nccl, 4,096 bytes: wrong sums"}
+    else:
+        assert found[0] == found[1] == {"4096": {"nccl": 0.25}, "8192": {"nccl": 0.25}}
+
+
+def unchecked(peers: Any, unique_id: bytes, shares: Any, stopped: Any) -> Any:
+    """`NcclPeers.connect` without its check of a sum."""
+    from numballama.cuda.launch import Array, Peers
+    from numballama.cuda.nccl import Communicator
+
+    made = Communicator(peers._library, 2, peers.rank, unique_id, lambda: None, stopped)
+    peers._communicator = made
+    nothing = Array(256, (2, 1, 1), "i32")
+    return Peers(peers.rank, nothing, nothing, nothing, shares, nothing, 0, communicator=made)
