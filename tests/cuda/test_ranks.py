@@ -25,6 +25,7 @@ pytestmark = pytest.mark.gpu
 import numballama
 from numballama import DeviceError, Model, SamplingParams, backend
 from numballama.config import HALF_SPLIT, ModelConfig
+from numballama.cuda import nccl
 from numballama.cuda.driver import Device
 from numballama.export import export_model
 from numballama.parallel.processes import ProcessBackend
@@ -55,6 +56,18 @@ TWO_CARDS = [pytest.mark.multigpu, pytest.mark.skipif(bool(second_card()), reaso
 def cards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "one card":
         monkeypatch.setattr(backend, "gpus_from", lambda device, count: ["cuda:0"] * count)
+
+
+@pytest.fixture
+def by_nccl(cards: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL exchanges values, also between cards that reach each other's memory. It takes no two ranks on a card."""
+    if "one card" in request.node.callspec.id:
+        pytest.skip("NCCL wants a card for each rank")
+    try:
+        nccl.load()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "nccl")
 
 
 def compiled(path: Path, gpus: int, *tokenizer: Path, **options: Any) -> Model:
@@ -135,6 +148,69 @@ def test_two_thousand_steps_of_a_real_model(models: Path) -> None:
     with compiled(files[0], 1, files[1], kv_dtype="f32") as one, compiled(files[0], 2, files[1], kv_dtype="f32") as two:
         for text in texts:
             assert two.generate(text, params=params) == one.generate(text, params=params)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8_0"])
+def test_logits_by_nccl(tmp_path: Path, by_nccl: None, dtype: str) -> None:
+    """Prompts that are exchanged in 128, 256 and 512 rows, and single tokens."""
+    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
+    check_alike(path, ROUNDED, dtype=dtype, rope_pairing=HALF_SPLIT)
+
+
+def test_logits_by_nccl_are_those_of_our_exchange(
+    tmp_path: Path, by_nccl: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch-invariant runs of float32 weights differ in the order of sums at most, and two ranks have one order."""
+    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
+    options: dict[str, Any] = {"kv_dtype": "f32", "batch_invariant": True, "rope_pairing": HALF_SPLIT}
+    ids = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 100).tolist()
+    with compiled(path, 2, **options) as model:
+        assert any("NCCL" in note for note in model.notes)
+        assert not any("all_reduce" in step.op.kind and step.op.body for step in model.program.plan.steps)
+        found = model.logits(ids)
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "peer")
+    with compiled(path, 2, **options) as model:
+        assert not any("NCCL" in note for note in model.notes)
+        close(found, model.logits(ids), "by NCCL and by peers", 1e-4)
+
+
+def test_many_sequences_and_draws_by_nccl(tmp_path: Path, by_nccl: None) -> None:
+    """Logits of several rows come in unequal parts (777 columns); tokens come from rank 0."""
+    test_many_sequences_and_draws(tmp_path)
+
+
+def test_a_model_of_many_sequences_again_and_again_by_nccl(tmp_path: Path, by_nccl: None) -> None:
+    """Graphs of all programs, also those made later; a closed model leaves nothing that the next one meets."""
+    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
+    params, found = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), []
+    for _ in range(2):
+        with compiled(path, 2, max_sequences=16, rope_pairing=HALF_SPLIT) as model:
+            found.append(generated(model, params, 12))
+            with model.exclusive():
+                seconds = model.backend.time_exchanges(model.graph, 16)
+            assert seconds is not None and seconds > 0
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_ends_every_request_by_nccl(tmp_path: Path, by_nccl: None, how: signal.Signals) -> None:
+    """Kernels of NCCL's wait for it. The next model works."""
+    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
+    params = SamplingParams(max_tokens=600, ignore_eos=True)
+    model = compiled(path, 2, max_sequences=4, rope_pairing=HALF_SPLIT)
+    (process,) = processes_of(model)
+    requests = [iter(model.token_engine.submit(prompt, params)) for prompt in prompts(6)]
+    next(requests[0])
+    started = time.monotonic()
+    os.kill(process.pid, how)
+    for request in requests:
+        with pytest.raises(DeviceError, match=r"rank 1 (ended with signal SIGKILL|has given no sign of life)"):
+            list(request)
+    assert time.monotonic() - started < LIMIT_S + 2 * (how == signal.SIGSTOP)
+    model.close()
+    assert process.poll() is not None
+    with compiled(path, 2, rope_pairing=HALF_SPLIT) as model:
+        assert len(generated(model, SamplingParams(max_tokens=4, ignore_eos=True), 1)[0]) == 4
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +23,16 @@ from tests.helpers.cuda_host import (
     HostRegisteredMemory,
     missing_packages,
 )
+from tests.helpers.fake_nccl import FakeNccl, Function
 
 if reason := missing_packages():
     pytest.skip(f"the backend cannot be imported: {reason}", allow_module_level=True)
 
-from numballama.cuda import peers
+from numballama.cuda import nccl, peers
 from numballama.cuda.kernels.params import TOKEN_ROWS
-from numballama.cuda.launch import Array, LaunchContext, Matrix, Peers
+from numballama.cuda.launch import Array, Collective, Launch, LaunchContext, Matrix, Peers
 from numballama.cuda.ops import collectives, linear
-from numballama.cuda.peers import PeerMemory
+from numballama.cuda.peers import NcclPeers, PeerMemory
 
 SHARES = (range(0, 5), range(5, 9))
 
@@ -76,6 +81,55 @@ def test_what_a_rank_writes_is_in_the_memory_of_another() -> None:
     for each in ranks:
         each.free()
     assert len(HostMemory.live) == before
+
+
+def test_nccl_in_the_place_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks find each other by rank 0's id, and their first sum tells that it works. All comes back."""
+    before = len(HostMemory.live)
+    monkeypatch.setattr(nccl, "load", lambda: nccl.Library(FakeNccl(), "here"))
+    device: Any = HostDevice()
+    ranks = [NcclPeers(device, rank, 2) for rank in range(2)]
+    unique_id = ranks[0].unique_id
+    assert len(unique_id) == 128 and ranks[1].unique_id == b""
+    with ThreadPoolExecutor(2) as pool:
+        joined = list(pool.map(lambda rank: rank.connect(unique_id, SHARES, lambda: False), ranks))
+    for rank, mine in enumerate(joined):
+        assert mine.rank == rank and mine.communicator is not None and mine.shares == SHARES
+        assert numbers_at(mine.borders, np.int64).tolist() == [0, 5, 9]
+        assert mine.arrivals.shape[0] == 2
+    for each in ranks:
+        each.free()
+        each.stop()
+    assert len(HostMemory.live) == before
+
+
+@pytest.mark.parametrize("moment", ["while they connect", "before the first sum"])
+def test_ranks_that_are_stopped_while_nccl_connects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """One of two is gone. The other does not wait, and says nothing of a wrong sum."""
+    fake = FakeNccl()
+    monkeypatch.setattr(nccl, "load", lambda: nccl.Library(fake, "here"))
+    if moment == "before the first sum":
+        fake.ncclCommInitRank = Function(lambda out, *others: setattr(out._obj, "value", 1) or 0)
+        fake._folder, fake._ranks, fake._rank = tmp_path, 2, 0
+    device: Any = HostDevice()
+    rank, end = NcclPeers(device, 0, 2), time.monotonic() + 0.2
+
+    def stopped() -> bool:
+        return time.monotonic() > end
+
+    threading.Timer(0.3, rank.stop).start()
+    try:
+        if moment == "while they connect":
+            with pytest.raises(DeviceError, match="stopped while they connected"):
+                rank.connect(rank.unique_id, SHARES, stopped)
+        else:
+            rank.connect(rank.unique_id, SHARES, stopped)
+        assert time.monotonic() < end + 3
+    finally:
+        fake.aborted = True
+        rank.free()
 
 
 def test_memory_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +222,39 @@ def test_gpus_that_differ_send_neither_tiles_nor_rows(tokens: int, alike: bool, 
     weight = Matrix((64, 256), array(64, 256, dtype="f16"), 512, array(64, 256, dtype="f16"))
     operands = array(tokens, 256), weight, ctx.peers.exchange, ctx.peers.arrivals, array(tokens, 64), array(1 << 22)
     assert linear.linear_all_reduce(ctx, *operands, rank=0, half=0)[-1].name == last
+
+
+def by_nccl(rank: int, shares: tuple[range, ...] = SHARES) -> LaunchContext:
+    ctx = context(rank)
+    assert ctx.peers is not None
+    link: Any = object()
+    return replace(ctx, peers=replace(ctx.peers, communicator=link, shares=shares))
+
+
+def test_steps_of_nccl() -> None:
+    """A sum is a call. Columns of one row come to their places; those of several rows need a kernel after the call."""
+    ctx = by_nccl(1)
+    exchange, arrivals = array(1), array(2, 1, 1, dtype="i32")
+    x, out = array(3, 7), array(3, 7, address=1 << 24)
+    (total,) = collectives.all_reduce(ctx, x, exchange, arrivals, out, rank=1)
+    assert total == Collective("all_reduce", x, out, ctx.tokens, 7)
+    assert total.name == "nccl_all_reduce" and total.variant_for(600) is total and not total.variant_starts
+    one, row = array(1, 4), array(1, 9, address=1 << 24)
+    (gather,) = collectives.all_gather(ctx, one, exchange, arrivals, row, rank=1, begin=5, columns=9)
+    assert isinstance(gather, Collective) and gather.kind == "gather_parts"
+    assert gather.parts == ((row.address, 5), (row.address + 20, 4))
+    equal = by_nccl(0, (range(0, 4), range(4, 8)))
+    (gather,) = collectives.all_gather(equal, one, exchange, arrivals, array(1, 8), rank=0, begin=0, columns=8)
+    assert isinstance(gather, Collective) and (gather.kind, gather.numbers) == ("all_gather", 4)
+    gather, join = collectives.all_gather(ctx, array(3, 4), exchange, arrivals, array(3, 9), rank=1, begin=5, columns=9)
+    assert isinstance(gather, Collective) and isinstance(join, Launch)
+    assert [width for _, width in gather.parts] == [5, 4]
+    assert gather.parts[1][0] - gather.parts[0][0] == 4 * 3 * 5 == 4 * join.arguments["slot"]
+    assert gather.out.shape == (2, 15) and join.name == "join_columns_kernel" and join.grid == (1, 3)
+    assert ctx.peers is not None
+    tokens, rows = array(3, dtype="i32"), array(1, dtype="i32")
+    (sent,) = collectives.share_tokens(ctx.peers, rows, tokens)
+    assert sent == Collective("broadcast", tokens, tokens, rows, 1)
 
 
 def test_exchanges_that_do_not_fit_are_refused() -> None:

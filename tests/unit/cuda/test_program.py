@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +15,13 @@ if reason := missing_packages():
 
 from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
-from numballama.cuda.program import CudaProgram, bind_step, tile_rows, write_tiles
+from numballama.cuda.launch import Array, Collective, Launch, Peers
+from numballama.cuda.program import CudaProgram, bind_step, rows_to_exchange, tile_rows, write_tiles
 from numballama.errors import Error
 from numballama.graph import PAGE_TABLE, KVLayout
+from numballama.parallel.shard import shard
+from numballama.parallel.weights import divided
+from numballama.sampling import SamplerTable
 from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(64, 96, 2, 8, 2, 40, 600)
@@ -61,6 +65,89 @@ def test_a_long_context_has_launches_of_its_own(ran: list[Any]) -> None:
     assert names[0] == names[255] and names[256] == names[599]
     changed = {pair for pair in zip(names[0], names[256], strict=True) if pair[0] != pair[1]}
     assert changed == {("attention_single_kernel", "attention_grouped_kernel")}
+
+
+def test_how_many_rows_nccl_exchanges() -> None:
+    assert [rows_to_exchange(rows, 512, 128, 2) for rows in (1, 128, 129, 256, 300, 512)] == [
+        128, 128, 256, 256, 512, 512,
+    ]  # fmt: skip
+    assert [rows_to_exchange(rows, 600, 128, 2) for rows in (512, 513, 600)] == [512, 600, 600]
+    assert [rows_to_exchange(rows, 20, 1, 4) for rows in (1, 2, 4, 5, 17, 20)] == [1, 4, 4, 16, 20, 20]
+
+
+class Calls:
+    """A communicator that notes its calls."""
+
+    ranks = 2
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+
+    def all_reduce(self, source: int, out: int, count: int, stream: int) -> None:
+        self.made.append(("all_reduce", count))
+
+    def all_gather(self, source: int, out: int, count: int, stream: int) -> None:
+        self.made.append(("all_gather", count))
+
+    def gather_parts(self, source: int, parts: list[tuple[int, int]], stream: int) -> None:
+        self.made.append(("gather_parts", *(count for _, count in parts)))
+
+    def broadcast(self, where: int, count: int, stream: int) -> None:
+        self.made.append(("broadcast", count))
+
+
+def rank_program(calls: Calls, rank: int, tokens: int, logits: str = "rows") -> CudaProgram:
+    """A program of one of two ranks whose values NCCL exchanges, for up to 5 rows with logits."""
+    weights = converted(random_checkpoint(CONFIG).weights, "q8_0")
+    shares, own = divided(CONFIG, weights, 2, False)
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f16", slots=5)
+    graph = graph_of(CONFIG, weights, kv, tokens, logits)
+    part = shard(graph, {name: weight.type for name, weight in own[rank].items()}, shares, rank)
+    backend, link, no = CudaBackend(own[rank]), cast("Any", calls), Array(256, (2, 1, 1), "i32")
+    backend.join(Peers(rank, no, no, no, shares.vocab, Array(256, (3,), "i64"), 0, communicator=link))
+    return backend.program(part.graph)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_values_nccl_exchanges(ran: list[Any], rank: int) -> None:
+    """No linear step adds up over ranks. NCCL exchanges rows up to a power of two, and the rows that have logits."""
+    calls = Calls()
+    program = rank_program(calls, rank, 512)
+    kinds = [step.op.kind for step in program.plan.steps]
+    assert kinds.count("all_reduce") == 2 * CONFIG.n_layers and kinds.count("all_gather") == 1
+    assert ("linear_add" in kinds) == (rank == 0) and not [kind for kind in kinds if kind.endswith("_all_reduce")]
+    assert {type(launch) for step in program.launches for launch in step} == {Launch, Collective}
+    program.inputs["positions"][:] = np.arange(512)
+    for tokens, rows, count, of_rows in ((100, 1, 128, 1), (120, 1, 128, 1), (200, 3, 256, 4), (512, 5, 512, 5)):
+        calls.made.clear()
+        program.run(tokens, rows=rows)
+        assert calls.made == [
+            *[("all_reduce", count * CONFIG.dim)] * 4, ("gather_parts", of_rows * 20, of_rows * 20),
+        ]  # fmt: skip
+    assert len(program._graphs) == 3, "runs of 100 and 120 tokens have one graph"
+
+
+def test_decoding_exchanges_its_rows_by_nccl(ran: list[Any]) -> None:
+    """A program for single tokens has one graph. One row of equal parts needs no kernel that puts them together."""
+    calls = Calls()
+    program = rank_program(calls, 1, 4, "all")
+    program.run(3, rows=3)
+    assert calls.made == [("all_reduce", 4 * CONFIG.dim)] * 4 + [("gather_parts", 80, 80)]
+    assert "join_columns_kernel" in [launch.name for launch in ran]
+    calls.made.clear(), ran.clear()
+    program = rank_program(calls, 1, 1)
+    program.run(1)
+    assert calls.made == [("all_reduce", CONFIG.dim)] * 4 + [("all_gather", 20)]
+    assert "join_columns_kernel" not in [launch.name for launch in ran]
+
+
+def test_graphs_with_nccl_are_captured_by_all_ranks_at_once(ran: list[Any]) -> None:
+    """When they first run: rank 0 prepares before the others."""
+    program = rank_program(Calls(), 0, 4, "all")
+    program.backend.prepare(program)
+    assert not program._graphs
+    program.submit(4, 4, SamplerTable(5, CONFIG.vocab_size))
+    assert len(program._graphs) == 1
 
 
 @pytest.mark.parametrize(("tokens", "begin", "end"), [(0, 0, None), (5, 0, None), (1, 3, 2), (1, -1, None), (1, 0, 99)])
