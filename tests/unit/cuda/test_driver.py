@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -204,3 +208,90 @@ def test_questions_about_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
         first.link_attribute(broken, "NATIVE_ATOMIC_SUPPORTED")
     for name in ("ACCESS_SUPPORTED", "NATIVE_ATOMIC_SUPPORTED"):  # these exist, too
         assert first.link_attribute(second, name) == 1
+
+
+@needs_packages
+def test_pairs_without_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, and no card is asked about itself: ranks may share one in tests."""
+    from numballama.cuda import driver
+
+    asked: list[tuple[int, int]] = []
+
+    def answer(device: int, peer: int) -> tuple[int, int]:
+        asked.append((device, peer))
+        return 0, (device, peer) not in ((2, 1), (0, 2))
+
+    monkeypatch.setattr(driver.driver, "cuInit", lambda flags: (0,))
+    monkeypatch.setattr(driver.driver, "cuDeviceGet", lambda index: (0, index))
+    monkeypatch.setattr(driver.driver, "cuDeviceCanAccessPeer", answer)
+    found = driver.pairs_without_access(["cuda:0", "cuda:1", "cuda:2"])
+    assert found == [("cuda:0", "cuda:2"), ("cuda:1", "cuda:2")]
+    assert driver.pairs_without_access(["cuda", "cuda:1"]) == [] and (1, 0) in asked
+    asked.clear()
+    assert driver.pairs_without_access(["cuda:0", "cuda:0"]) == [] == asked
+
+
+def prepared(name: str, cluster: int = 0, capability: tuple[int, int] = (9, 0)) -> Any:
+    """A launch with the driver's structures; no kernel is loaded."""
+    from numballama.cuda import driver
+    from numballama.cuda.launch import Launch
+    from numballama.registry import KernelRef
+
+    stream = driver.driver.CUstream(0)
+    device: Any = SimpleNamespace(capability=capability, stream=stream)
+    kernel: Any = SimpleNamespace(shared_limit=1 << 10, handle=driver.driver.CUfunction(0))
+    return driver.PreparedLaunch(device, kernel, Launch(KernelRef("module", name), (3,), 32, {}, cluster=cluster))
+
+
+def collective() -> Any:
+    from numballama.cuda.launch import Array, Collective
+    from numballama.cuda.nccl import PreparedCollective
+
+    x, device, link = Array(64, (1, 1), "f32"), SimpleNamespace(stream=0), Mock()
+    return PreparedCollective(cast("Any", device), link, Collective("all_reduce", x, x, x, 1), 1)
+
+
+@needs_packages
+def test_what_follows_a_collective_begins_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other launches of sm_90 may begin early. Attributes of clusters stay."""
+    from numballama.cuda import driver
+
+    ids = driver.driver.CUlaunchAttributeID
+    early = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    seen: list[list[Any]] = []
+
+    def launch(config: Any, *others: Any) -> tuple[int]:
+        seen.append([each.id for each in config.attrs][: config.numAttrs])
+        return (0,)
+
+    monkeypatch.setattr(driver.driver, "cuLaunchKernelEx", launch)
+    monkeypatch.setattr(driver.driver, "cuOccupancyMaxActiveClusters", lambda *given: (0, 8))
+    one, clusters, exchange = prepared("one"), prepared("clusters", 2), collective()
+    driver.enqueue([one, clusters, exchange, clusters, one, exchange, exchange, one, clusters])
+    dimension = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    both = [dimension, early]
+    assert seen == [[early], both, [dimension], [early], [], both]
+    assert exchange.communicator.all_reduce.call_count == 3
+    older, count = prepared("older", capability=(8, 0)), len(seen)
+    driver.enqueue([exchange, older, older])
+    assert seen[count:] == [[], []]
+
+
+@needs_packages
+def test_a_capture_that_fails_leaves_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits until all graphs with its calls are gone."""
+    from numballama.cuda import driver
+
+    done: list[str] = []
+    for name, answer in {
+        "cuStreamBeginCapture": (0,), "cuStreamEndCapture": (0, "graph"), "cuGraphDestroy": (0,),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(driver.driver, name, lambda *given, n=name, a=answer: done.append(n) or a)
+    device: Any = SimpleNamespace(stream=0, make_current=lambda: None)
+
+    def fail() -> None:
+        raise DeviceError("NCCL: the exchanges between ranks have been ended")
+
+    with pytest.raises(DeviceError, match="have been ended"):
+        driver.CudaGraph(device, [fail])
+    assert done == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"] and gc.isenabled()

@@ -240,6 +240,20 @@ def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> 
     assert_gone(several.pids)
 
 
+def test_the_end_of_a_rank_is_told_to_the_device(open_ranks: Callable[..., Opened]) -> None:
+    """Its kernels may wait without a look at the memory of all. Also where the end came before it asked."""
+    several, told = open_ranks(2), threading.Event()
+    several.backend.group.on_stop(told.set)
+    assert not told.is_set()
+    os.kill(several.pids[0], signal.SIGKILL)
+    assert told.wait(LIMIT_S)
+    calls: list[str] = []
+    several.backend.group.on_stop(lambda: calls.append("late"))
+    assert calls == ["late"]
+    several.backend.close()
+    assert len(calls) == 2
+
+
 def test_a_rank_that_is_killed_while_it_compiles(
     open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,10 @@ from numballama.cpu.collectives import STOPPED
 from numballama.cpu.workers import WorkerThreads
 from numballama.errors import DeviceError, Error
 from numballama.ops import STOPPED as STOPPED_OF_OPS
-from numballama.parallel.rank_device import GpuRank, open_rank
+from numballama.parallel.rank_device import GpuRank, open_rank, way_of_exchange
 from numballama.parallel.rank_memory import RankMemory, Sizes
-from tests.helpers.cuda_host import missing_gpu
+from tests.helpers.cuda_host import missing_gpu, missing_packages
+from tests.helpers.fake_nccl import FakeNccl
 
 
 def test_a_rank_on_the_cpu_exchanges_through_the_memory_of_all() -> None:
@@ -51,6 +52,54 @@ def test_what_ranks_share_is_freed_where_the_device_has_failed() -> None:
     with pytest.raises(DeviceError, match="has failed"):
         rank.close()
     assert calls.mock_calls == [call.backend.close(), call.peers.free()]
+
+
+TWO = ("cuda:0", "cuda:1")
+
+
+@pytest.fixture
+def without_access(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The pairs of GPUs that do not reach each other's memory. NCCL is there."""
+    if reason := missing_packages():
+        pytest.skip(reason)
+    from numballama.cuda import driver, nccl
+
+    pairs: list[tuple[str, str]] = []
+    monkeypatch.setattr(driver, "pairs_without_access", lambda devices: pairs)
+    monkeypatch.setattr(nccl, "load", lambda: nccl.Library(FakeNccl(), "here"))
+    monkeypatch.delenv("NUMBALLAMA_EXCHANGE", raising=False)
+    return pairs
+
+
+def test_nccl_exchanges_where_memory_is_not_reached(
+    without_access: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert way_of_exchange(TWO) == ""
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "nccl")
+    assert way_of_exchange(TWO) == "NUMBALLAMA_EXCHANGE=nccl: NCCL 2.28.5 exchanges values"
+    monkeypatch.delenv("NUMBALLAMA_EXCHANGE")
+    without_access += [TWO, ("cuda:0", "cuda:2")]
+    assert way_of_exchange((*TWO, "cuda:2")) == (
+        "cuda:0 and cuda:1, cuda:0 and cuda:2 do not reach each other's memory: NCCL 2.28.5 exchanges values, which is "
+        "slower"
+    )
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "peer")
+    assert way_of_exchange(TWO) == ""
+    monkeypatch.setenv("NUMBALLAMA_EXCHANGE", "gloo")
+    with pytest.raises(Error, match="NUMBALLAMA_EXCHANGE is 'gloo'; choose from 'nccl' and 'peer'"):
+        way_of_exchange(TWO)
+
+
+def test_nccl_that_is_needed_and_missing(
+    without_access: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numballama.cuda import nccl
+
+    monkeypatch.setattr(nccl, "load", Mock(side_effect=DeviceError("NCCL was not found; pip install it")))
+    assert way_of_exchange(TWO) == "", "where memory is reached nobody needs it"
+    without_access.append(TWO)
+    with pytest.raises(DeviceError, match="do not reach each other's memory, so NCCL is needed; NCCL was not found"):
+        way_of_exchange(TWO)
 
 
 def test_waits_end_by_the_same_element() -> None:
