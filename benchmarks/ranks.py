@@ -6,7 +6,8 @@ Models have real shapes and random weights. Each GPU's process opens the model b
 a GGUF file in a temporary folder (--folder; up to 16 GB, and 75 GB for the 70B shape of --large: GGUF lets no two
 tensors share their bytes), and deleted after its measurements. Decoding is 128 tokens after 8, the 64 sequences have
 prompts of 128 tokens and generate 128 each; all figures are medians. What a step's exchanges take is measured by runs
-of nothing else (`Backend.time_exchanges`). Results are written after each measurement. A model that FILE.json has for
+of nothing else (`Backend.time_exchanges`); `all_reduce.py` times all-reduces by size. NUMBALLAMA_EXCHANGE=nccl has NCCL
+exchange values. Results are written after each measurement. A model that FILE.json has for
 all numbers of GPUs, measured at the same commit, is not measured again.
 """
 

@@ -5,7 +5,9 @@ latest. A run whose id is FEED reads it from there, so it can be in the stream b
 a decode run, `advance` also writes tokens and next positions to where the same run of the next tokens would read them:
 if it follows, the host sends nothing.
 
-Of the ranks on several GPUs that share a model, rank 0 samples, and sends the tokens to the memory of the others.
+Of the ranks on several GPUs that share a model, rank 0 samples, and sends the tokens to the memory of the others. Where
+NCCL exchanges values, a run is several graphs: those with calls of NCCL's are the same on all ranks, and rank 0 samples
+in one of its own.
 
 The host gets tokens through pinned memory: run n writes a 64-bit word for each row, n in its upper half and the token
 in its lower half, to the words of n mod `N_RUNS`, and the host polls these.
@@ -156,7 +158,7 @@ class DecodePipeline:
 
     def tail(self, kind: str) -> list[Work]:
         """Launches after the plan. `kind` is "greedy" (the plan's own argmax has chosen), "sample", "logprobs" or, on
-        ranks above 0, "receive".
+        ranks above 0, "receive". With NCCL "receive" follows the others on rank 0.
         """
         if kind not in self._tails:
             program, mailbox = self._program, self._backend.mailbox
@@ -168,6 +170,9 @@ class DecodePipeline:
                     inputs.rows, program.array("logits"), inputs.slots, table.arrays,
                     self.sampled.arrays | {"next_token": next_token}, logprobs=kind == "logprobs",
                 )  # fmt: skip
+            self._tails[kind] = launches
+            if self._backend.by_nccl and kind != "receive":
+                return launches
             if self._backend.peers is not None:
                 launches += collectives.share_tokens(self._backend.peers, inputs.rows, next_token)
             launches += sampling.advance(
@@ -175,7 +180,6 @@ class DecodePipeline:
                 ids=program.array("ids"), positions=program.array("positions"), continues=int(self._decodes),
                 count=mailbox.count, words=mailbox.address, n_runs=N_RUNS, max_rows=MAX_ROWS,
             )  # fmt: skip
-            self._tails[kind] = launches
         return self._tails[kind]
 
     @property
@@ -192,7 +196,7 @@ class DecodePipeline:
     def all_launches(self) -> list[list[Work]]:
         """The launches of all tails, and the one that feeds tokens."""
         kinds = self._likely_kinds
-        rare = ("logprobs",) if "sample" in kinds else ()
+        rare = ("logprobs", *(["receive"] * self._backend.by_nccl)) if "sample" in kinds else ()
         return [*map(self.tail, (*kinds, *rare)), self._feed_launches()]
 
     def _feed_launches(self) -> list[Work]:
@@ -220,15 +224,32 @@ class DecodePipeline:
                     program.capture((0, end, start, *kinds), program.prepared_steps(0, end, start, kinds))
         program.capture(("feed",), self._feed_launch())
 
-    def _whole_run(
-        self, kind: str, start: int, kinds: tuple[RowKind, ...], counts: tuple[int, ...] = ()
-    ) -> list[Prepared]:
-        """The launches of a run; sampling takes the place of the plan's argmax. `counts` are what NCCL exchanges."""
-        program = self._program
+    def _prepared_tail(self, kind: str) -> list[Prepared]:
         if kind not in self._prepared_tails:
             (self._prepared_tails[kind],) = self._backend.prepare_launches([self.tail(kind)])
+        return self._prepared_tails[kind]
+
+    def _whole_run(self, kind: str, start: int, kinds: tuple[RowKind, ...]) -> list[Prepared]:
+        """The launches of a run; sampling takes the place of the plan's argmax."""
+        program = self._program
         end = len(program.plan.steps) if kind == "greedy" else program.plan.sampling_start
-        return program.sized(program.prepared_steps(0, end, start, kinds) + self._prepared_tails[kind], counts)
+        return program.prepared_steps(0, end, start, kinds) + self._prepared_tail(kind)
+
+    def _replay_by_nccl(self, kind: str, start: int, kinds: tuple[RowKind, ...], counts: tuple[int, ...]) -> None:
+        """A run whose values NCCL exchanges. `counts` are how many rows. What rank 0 samples by differs between runs,
+        so it is not in the graphs that all ranks must capture at the same time.
+        """
+        program = self._program
+        begin, end = program.plan.sampling_start, len(program.plan.steps)
+        program.replay(
+            (0, begin, start, *kinds, *counts),
+            lambda: program.sized(program.prepared_steps(0, begin, start, kinds), counts),
+        )
+        if kind == "greedy":
+            program.replay((begin, end, start, *kinds), lambda: program.prepared_steps(begin, end, start, kinds))
+        elif kind != "receive":
+            program.replay((kind,), lambda: self._prepared_tail(kind))
+        program.replay(("receive", *counts), lambda: program.sized(self._prepared_tail("receive"), counts))
 
     def _feed_launch(self) -> list[Prepared]:
         (prepared,) = self._backend.prepare_launches([self._feed_launches()])
@@ -246,7 +267,10 @@ class DecodePipeline:
             self._start(tokens, rows, table)
         start = program.variant_start(int(positions[0]) if tokens == 1 else int(positions.max()))
         kind, kinds, counts = self._kind, program.run_inputs.row_kinds, program.exchanged(tokens, rows)
-        program.replay(("run", kind, start, *kinds, *counts), lambda: self._whole_run(kind, start, kinds, counts))
+        if counts:
+            self._replay_by_nccl(kind, start, kinds, counts)
+        else:
+            program.replay(("run", kind, start, *kinds), lambda: self._whole_run(kind, start, kinds))
         mailbox = self._backend.mailbox
         mailbox.launched += 1
         number = mailbox.launched

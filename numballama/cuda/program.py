@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 GraphKey = tuple[str | int, ...]
 """Key of a captured graph: (first step, end, variant start, …), or ("run", kind of tail, variant start, …), followed by
-the kinds of rows in the run, and with NCCL by how many rows it exchanges.
+the kinds of rows in the run, and with NCCL by how many rows it exchanges. Of a run with NCCL those after the plan have
+("sample", ) or ("receive", rows …).
 """
 Prepared = PreparedLaunch | PreparedCollective
 """A launch, or NCCL in its place, ready to be enqueued."""

@@ -144,6 +144,10 @@ class GpuReport:
     cache: Cache | None = None
     links: list[GpuLink] = field(default_factory=list)
     """Of each pair of devices. Empty with fewer than two."""
+    nccl: str | None = None
+    """NCCL's version and where it is; None: it is not there, or there are fewer than two devices."""
+    nccl_problem: str | None = None
+    """Why it cannot be used, if it was looked for."""
 
 
 def find_gpu(report: Report) -> GpuReport:
@@ -201,6 +205,8 @@ def _check(gpu: GpuReport, evidence: Evidence) -> None:
     gpu.driver = versions()["driver"] or gpu.driver
     gpu.devices = [_describe(device) for device in devices]
     gpu.links = find_links(devices)
+    if gpu.links:
+        _find_nccl(gpu)
     capability = devices[0].capability  # a process compiles for one
     code = selfcheck.compile_copy(capability)
     gpu.kernel = "compiled for {}.{}, not run".format(*capability)
@@ -216,6 +222,16 @@ def _check(gpu: GpuReport, evidence: Evidence) -> None:
     if not gpu.devices[0].works:
         raise DeviceError(gpu.devices[0].problem or "the kernel did not run")
     gpu.kernel = "compiled and run"
+
+
+def _find_nccl(gpu: GpuReport) -> None:
+    from ..cuda import nccl
+
+    try:
+        found = nccl.load()
+        gpu.nccl = f"{found.version} ({found.place})"
+    except DeviceError as error:
+        gpu.nccl_problem = str(error)
 
 
 def _devices(kind: type[Device]) -> Iterator[Device]:

@@ -98,7 +98,7 @@ def groups(cards: Sequence[str], links: Sequence[GpuLink]) -> list[list[str]]:
     return found
 
 
-def lines(links: Sequence[GpuLink], working: Sequence[str]) -> Iterator[str]:
+def lines(links: Sequence[GpuLink], working: Sequence[str], with_nccl: bool = False) -> Iterator[str]:
     """A table of all pairs, what was not found out, and what follows for the cards that work. Nothing without links."""
     if not links:
         return
@@ -107,7 +107,7 @@ def lines(links: Sequence[GpuLink], working: Sequence[str]) -> Iterator[str]:
     for link in links:
         if link.problem:
             yield f"{link.device}, {link.peer}: {link.problem}"
-    yield _conclusion(links, working)
+    yield _conclusion(links, working, with_nccl)
 
 
 def _table(links: Sequence[GpuLink]) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _table(links: Sequence[GpuLink]) -> Iterator[str]:
         yield "  ".join(f"{cell:<{width}}" for cell in row).rstrip()
 
 
-def _conclusion(links: Sequence[GpuLink], working: Sequence[str]) -> str:
+def _conclusion(links: Sequence[GpuLink], working: Sequence[str], with_nccl: bool) -> str:
     if len(working) < 2:
         return "fewer than two of these cards ran the kernel: no cards can share a model"
     unknown = any(link.peer_access is None and {link.device, link.peer} <= {*working} for link in links)
@@ -128,6 +128,10 @@ def _conclusion(links: Sequence[GpuLink], working: Sequence[str]) -> str:
     found = groups(working, links)
     together = "; ".join(", ".join(group) for group in found if len(group) > 1)
     alone = ", ".join(group[0] for group in found if len(group) == 1)
+    if with_nccl and len(found) > 1:
+        if not together:
+            return f"{known}no card reaches another's memory: several can share a model through NCCL, which is slower"
+        return f"{known}several cards can share a model: {together}; through NCCL, which is slower, all"
     if not together:
         return f"{known}no card reaches another's memory: only replicas of a model, one on each card"
     return f"{known}several cards can share a model: {together}" + (f"; only replicas: {alone}" if alone else "")

@@ -151,7 +151,11 @@ class Report:
                 yield f"{device.device}: a copy reads and writes {device.bandwidth_bytes_per_second / 1e9:,.0f} GB/s"
             if device.problem:
                 yield f"{device.device}: {device.problem}"
-        yield from link_lines(gpu.links, [device.device for device in gpu.devices if device.works])
+        yield from link_lines(gpu.links, [each.device for each in gpu.devices if each.works], gpu.nccl is not None)
+        if gpu.nccl:
+            yield f"NCCL: {gpu.nccl}, for cards that do not reach each other's memory"
+        elif gpu.nccl_problem:
+            yield f"NCCL, for cards that do not reach each other's memory: {gpu.nccl_problem}"
         if gpu.driver or gpu.driver_cuda:
             yield f"driver: {gpu.driver or 'of unknown version'}, for CUDA {gpu.driver_cuda or 'of unknown version'}"
         libraries = ", ".join(f"{name} {version}" for name, version in gpu.libraries.items())

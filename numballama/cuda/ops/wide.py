@@ -136,8 +136,7 @@ def join_sums(steps: Sequence[list[Work]]) -> None:
         if not (step and following and isinstance(step[-1], Launch) and isinstance(following[0], Launch)):
             continue
         sums, rounding = step[-1].arguments, following[0]
-        if (step[-1].kernel, rounding.kernel) == (ADD_UP, ROUND):
-            if rounding.arguments["x"] == sums["out"]:
-                of_ranks = {name: value for name, value in sums.items() if name not in ("tokens", "out", "rows")}
-                step[-1] = replace(rounding, kernel=ROUND_SUMS, arguments={**rounding.arguments, **of_ranks})
-                del following[0]
+        if (step[-1].kernel, rounding.kernel) == (ADD_UP, ROUND) and rounding.arguments["x"] == sums["out"]:
+            of_ranks = {name: value for name, value in sums.items() if name not in ("tokens", "out", "rows")}
+            step[-1] = replace(rounding, kernel=ROUND_SUMS, arguments={**rounding.arguments, **of_ranks})
+            del following[0]

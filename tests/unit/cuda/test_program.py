@@ -21,7 +21,7 @@ from numballama.errors import Error
 from numballama.graph import PAGE_TABLE, KVLayout
 from numballama.parallel.shard import shard
 from numballama.parallel.weights import divided
-from numballama.sampling import SamplerTable
+from numballama.sampling import SamplerTable, SamplingParams
 from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(64, 96, 2, 8, 2, 40, 600)
@@ -146,8 +146,28 @@ def test_graphs_with_nccl_are_captured_by_all_ranks_at_once(ran: list[Any]) -> N
     program = rank_program(Calls(), 0, 4, "all")
     program.backend.prepare(program)
     assert not program._graphs
-    program.submit(4, 4, SamplerTable(5, CONFIG.vocab_size))
-    assert len(program._graphs) == 1
+    table = SamplerTable(5, CONFIG.vocab_size)
+    program.submit(4, 4, table)
+    with_nccl = {key for key, made in captured(program).items() if any(name.startswith("nccl") for name in made)}
+    assert len(with_nccl) == 2 and ("receive", 4, 4) in with_nccl
+    assert captured(program)["receive", 4, 4] == ["nccl_broadcast", "advance_kernel"]
+    for params in (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, seed=1, logprobs=2)):
+        for slot in range(4):
+            table.assign(slot, params)
+        program.inputs["sequences"][:] = range(4)
+        before = len(captured(program))
+        program.submit(4, 4, table)
+        assert len(captured(program)) == before + 1, "another way to sample needs no other graph with NCCL"
+    other = rank_program(calls := Calls(), 1, 4, "all")
+    other.submit(4, 4, None)
+    assert {*captured(other)} == with_nccl
+    assert calls.made[-1] == ("broadcast", 4)
+
+
+def captured(program: CudaProgram) -> dict[Any, list[str]]:
+    """Names of what each graph has."""
+    graphs: dict[Any, Any] = dict(program._graphs)
+    return {key: [launch.name for launch in graph._launches] for key, graph in graphs.items()}
 
 
 @pytest.mark.parametrize(("tokens", "begin", "end"), [(0, 0, None), (5, 0, None), (1, 3, 2), (1, -1, None), (1, 0, 99)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from numballama.doctor.gpu import Evidence, GpuDevice, GpuReport
 from numballama.doctor.links import GpuLink
 from numballama.errors import NEXT_STEP
 from tests.helpers.cuda_host import missing_gpu, missing_packages
+from tests.helpers.fake_nccl import FakeNccl
 
 
 def machine(root: Path, files: dict[str, str]) -> Evidence:
@@ -191,6 +193,19 @@ def test_the_answer_of_the_check_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # fmt: skip
     monkeypatch.setattr(gpu, "run_check", lambda *arguments: json.loads(json.dumps(asdict(whole))))
     assert gpu.find_gpu(lambda *report: None) == whole
+
+
+def test_nccl_or_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numballama.cuda import nccl
+
+    found = GpuReport()
+    monkeypatch.setattr(nccl, "load", lambda: nccl.Library(FakeNccl(), "/site/libnccl.so.2"))
+    gpu._find_nccl(found)
+    assert (found.nccl, found.nccl_problem) == ("2.28.5 (/site/libnccl.so.2)", None)
+    missing = GpuReport()
+    monkeypatch.setattr(nccl, "load", Mock(side_effect=DeviceError("NCCL was not found")))
+    gpu._find_nccl(missing)
+    assert (missing.nccl, missing.nccl_problem) == (None, "NCCL was not found")
 
 
 @pytest.mark.skipif(bool(missing_gpu()), reason="needs a GPU")

@@ -127,6 +127,20 @@ def test_what_follows_counts_only_cards_that_work(
     assert said == expected
 
 
+@pytest.mark.parametrize(
+    ("working", "expected"),
+    [
+        ((0, 1, 3), "several cards can share a model: cuda:0, cuda:1; through NCCL, which is slower, all"),
+        ((0, 3), "no card reaches another's memory: several can share a model through NCCL, which is slower"),
+        ((0, 1), "several cards can share a model: cuda:0, cuda:1"),
+        ((2,), "fewer than two of these cards ran the kernel: no cards can share a model"),
+    ],
+)
+def test_what_follows_where_nccl_is_installed(working: tuple[int, ...], expected: str) -> None:
+    *_, said = lines(links(4, FOUR), [f"cuda:{index}" for index in working], with_nccl=True)
+    assert said == expected
+
+
 def test_an_answer_that_fails_leaves_the_others() -> None:
     """Of the same pair, and of other pairs."""
     broken = {**NVLINK, "PERFORMANCE_RANK": DeviceError("CUDA: CUDA_ERROR_INVALID_VALUE invalid\nargument")}

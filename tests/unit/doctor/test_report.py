@@ -75,6 +75,21 @@ def test_links_of_two_gpus() -> None:
     ]  # fmt: skip
 
 
+def test_nccl_of_several_gpus() -> None:
+    """Its version, or why it is of no use; nothing of it with one GPU."""
+    assert "NCCL" not in HEALTHY.as_text() + two_gpus().as_text()
+    report = two_gpus()
+    apart = replace(report.gpu.links[0], kind="none", peer_access=False)
+    found = replace(report.gpu, links=[apart], nccl="2.32.3 (/site/libnccl.so.2)")
+    lines = [line[13:] for line in replace(report, gpu=found).as_text().splitlines()]
+    assert "NCCL: 2.32.3 (/site/libnccl.so.2), for cards that do not reach each other's memory" in lines
+    assert "no card reaches another's memory: several can share a model through NCCL, which is slower" in lines
+    missing = replace(found, nccl=None, nccl_problem="NCCL was not found; pip install it")
+    lines = [line[13:] for line in replace(report, gpu=missing).as_text().splitlines()]
+    assert "no card reaches another's memory: only replicas of a model, one on each card" in lines
+    assert "NCCL, for cards that do not reach each other's memory: NCCL was not found; pip install it" in lines
+
+
 def test_a_gpu_that_does_not_work_shares_nothing() -> None:
     assert "fewer than two of these cards ran the kernel: no cards can share a model" in two_gpus(False).as_text()
 
