@@ -141,6 +141,7 @@ class GpuRank(RankDevice):
             peers = self._peers.connect(handles, vocab, memory.bytes, memory.stop_at)
         else:
             peers = self._peers.connect(bytes(memory.unique_id), vocab, lambda: memory.stopped)
+            memory.done[self.rank, FREE] = self.backend.free_bytes() or 0  # NCCL has taken its own memory
         self.backend.join(replace(peers, alike=len({*memory.done[:, GPU].tolist()}) == 1))
 
     def end_waits(self) -> None:

@@ -16,6 +16,7 @@ import mmap
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -144,7 +145,7 @@ def opcodes(ptx: str) -> list[str]:
 
 
 def assemble_ranks() -> set[str]:
-    """Bind programs of two ranks: few numbers as words and with flags, and linear steps that add them up themselves.
+    """Bind programs of two ranks: few numbers as words and with flags, linear steps that add up themselves, and NCCL.
     Returns the kinds of their ops.
     """
     from numballama.cuda.backend import CudaBackend
@@ -172,6 +173,11 @@ def assemble_ranks() -> set[str]:
                 graph = graph_of(config, weights, KVLayout.of(config, config.context), tokens)
                 program = backend.program(shard(graph, own, shares, rank, *exchange).graph, fusions)
                 ops |= {step.op.kind for step in program.plan.steps}
+        assert backend.peers is not None
+        link: Any = object()  # NCCL, which is not called
+        backend.join(replace(backend.peers, communicator=link))
+        graph = graph_of(config, weights, KVLayout.of(config, config.context), 3, "all")
+        backend.program(shard(graph, own, shares, rank, *exchange).graph)
         backend.prepare(program)
         backend.close()
         memory[rank].free()

@@ -81,11 +81,11 @@ def test_gpus_share_a_model(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("classifier", ["equal parts", "unequal parts"])
-def test_gpus_share_a_model_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str) -> None:
-    """The same where they do not reach each other's memory; NCCL is a stand-in (`tests/helpers/fake_nccl.py`)."""
-    if classifier == "unequal parts":
-        monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, vocab_size=41))
+def test_gpus_share_a_model_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where they do not reach each other's memory, with unequal parts of logits. NCCL is a stand-in
+    (`tests/helpers/fake_nccl.py`).
+    """
+    monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, vocab_size=41))
     drawn = SamplingParams(temperature=1.0, seed=5, max_tokens=3, ignore_eos=True, logprobs=2)
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7, 2]]
     with compiled(tmp_path, 1) as one:
