@@ -22,6 +22,8 @@ from .ops.collectives import WORKERS, empty_parts, exchange_size
 
 UNIT = 2 << 20
 """Memory that is shared is whole units of this: smaller allocations share one with others."""
+TRIED = (16 << 10, 256 << 10, 4 << 20, 16 << 20)
+"""Bytes that NCCL exchanges when ranks connect."""
 
 
 def borders_of(shares: Sequence[range]) -> np.ndarray:
@@ -116,7 +118,8 @@ class NcclPeers:
     def connect(self, unique_id: bytes, shares: tuple[range, ...], stopped: Callable[[], bool]) -> Peers:
         """Meet the other ranks, and exchange a number to see that it works. Once `stopped` is true, nobody waits.
 
-        Raises `DeviceError` if NCCL fails.
+        NCCL connects for an algorithm when that is first used, and which it uses depends on the size: it does so now,
+        not while a graph is captured. Raises `DeviceError` if NCCL fails.
         """
         made = self._communicator = nccl.Communicator(
             self._library, self._ranks, self.rank, unique_id, self._device.make_current, stopped
@@ -133,9 +136,23 @@ class NcclPeers:
         self._device.read(one, summed)
         if summed[0] != self._ranks and not stopped():
             raise DeviceError(f"NCCL: the sum of a 1 from each of {self._ranks} ranks is {summed[0]:g}")
+        self._try_sizes(made)
         nothing = Array(one, (1,), "f32"), Array(one, (self._ranks, 1, 1), "i32"), Array(one, (1,), "i64")
         places = Array(one + 8, borders.shape, "i64")
         return Peers(self.rank, *nothing, shares, places, 0, communicator=made)
+
+    def _try_sizes(self, made: nccl.Communicator) -> None:
+        numbers, stream = Memory(self._device, max(TRIED), "numbers to try"), int(self._device.stream)
+        self._device.fill(numbers.address, 0, numbers.nbytes)
+        for nbytes in TRIED:
+            part = nbytes // 4 // self._ranks
+            made.all_reduce(numbers.address, numbers.address, nbytes // 4, stream)
+            made.all_gather(numbers.address + 4 * part * self.rank, numbers.address, part, stream)
+        places = [numbers.address + 16 * (1 + rank) for rank in range(self._ranks)]
+        made.gather_parts(numbers.address, [(place, 1) for place in places], stream)
+        made.broadcast(numbers.address, 1, stream)
+        self._device.synchronize()
+        numbers.free()
 
     def stop(self) -> None:
         """End kernels that wait for other ranks."""
