@@ -26,6 +26,7 @@ from unittest import mock
 import numpy as np
 from gpu import commit
 
+from numballama import backend
 from numballama.bench.benchmark import machine
 from numballama.errors import DeviceError
 from numballama.files import atomic_write, require_folder
@@ -265,6 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("one GPU has nobody to exchange with: pass --gpus 2")
     if options.json is not None:
         require_folder(options.json)
+    try:
+        backend.choose_device("cuda", options.gpus)
+    except DeviceError as error:
+        raise SystemExit(str(error)) from None
     ways, missing, version = possible_ways(options.gpus)
     memory = RankMemory.create(Sizes(options.gpus, 1, 0))
     processes = [
