@@ -310,45 +310,56 @@ def multiply_fixed(slot, payload, x, lane, high_nibbles):
     return total
 
 
-@device
-def before_x(norm, normed, columns, payload, x_at, thread):
-    """What a thread needs to stage x, and knows before x is there: (columns of the norm, columns with their padding,
-    its first one, where that goes, where its factor goes, whether it writes that, the norm's weight of its first
-    sixteen).
+STRIDE = 4 * THREADS
+"""Columns of x that a block stages at a time, four a thread."""
 
-    A thread stages four columns, and those 1024, 2048 and 3072 further, and all of them 4096 further. `x_at` is the
-    shared address of x. No kernel writes the norm's weight.
-    """
-    width, elements = columns_of_stage(payload), per_16_bytes(payload)
-    padded, limit = s32((columns + width - 1) & -width), columns if normed else s32(0)
-    first = s32(4 * thread)
+
+@device
+def x_place(x_at, column, payload):
+    """(where column 4n of x is staged, where its factor is), as shared addresses. x begins at `x_at`."""
+    elements = per_16_bytes(payload)
     log2 = 2 if elements == 4 else (3 if elements == 8 else (4 if elements == 16 else 5))
-    chunk, inside = s32(first >> (5 + log2)), s32(first & (32 * elements - 1))
+    chunk, inside = s32(column >> (5 + log2)), s32(column & (32 * elements - 1))
     lane, word = s32(inside >> log2), s32((inside & (elements - 1)) >> 2)
+    if is_q6_k(payload):
+        chunk, lane = s32(2 * (column >> 10) + ((column >> 4) & 1)), s32((column & 1023) >> 5)
+    base = s32(x_at + chunk * (4 * x_step(payload)))
     if has_scales(payload):
-        if is_q6_k(payload):
-            chunk, lane = s32((first >> 4) & 1), s32(first >> 5)
-        base = s32(x_at + chunk * (4 * x_step(payload)))
         at = s32(base + (word >> 2) * 512 + lane * 16 + (word & 3) * 4)
-        factor_at = s32(base + 96 * elements + 4 * lane)
     else:
-        at = s32(x_at + chunk * (4 * x_step(payload)) + word * (4 * X_LANE_STRIDE) + lane * 16)
-        factor_at = at
-    zero = np.float32(0)
+        at = s32(base + word * (4 * X_LANE_STRIDE) + lane * 16)
+    return at, s32(base + 96 * elements + 4 * lane)
+
+
+@device
+def x_place_after(x_at, place, column, strides, payload):
+    """`x_place` of the column `strides` · STRIDE after `column`, which has `place`."""
+    if STRIDE & 1023 == 0:  # whole chunks of any type
+        step = s32(strides * (STRIDE // (32 * per_16_bytes(payload)) * (4 * x_step(payload))))
+        return s32(place[0] + step), s32(place[1] + step)
+    return x_place(x_at, s32(column + strides * STRIDE), payload)
+
+
+@device
+def norm_of_sixteen(norm, column, limit):
+    """The norm's weight of the sixteen columns that a thread stages from `column` on; zeros from `limit` on."""
+    return (
+        ld_v4_f32_or_0(norm, 0, column, limit), ld_v4_f32_or_0(norm, 0, s32(column + STRIDE), limit),
+        ld_v4_f32_or_0(norm, 0, s32(column + 2 * STRIDE), limit),
+        ld_v4_f32_or_0(norm, 0, s32(column + 3 * STRIDE), limit),
+    )  # fmt: skip
+
+
+@device
+def before_x(norm, normed, columns, payload, x_at):
+    """What `stage_x` can know before x is there: (shared address of x, the thread's first place in it, the norm's
+    weight of its first sixteen columns). No kernel writes the norm's weight.
+    """
+    column, zero = s32(4 * cuda.threadIdx.x), np.float32(0)
     weights = (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero)
     if columns & 3 == 0:
-        weights = norm_of_sixteen(norm, first, limit)
-    return limit, padded, first, at, factor_at, word == 0, weights
-
-
-@device
-def norm_of_sixteen(norm, first, limit):
-    """The norm's weight of a thread's columns from `first` on."""
-    return (
-        ld_v4_f32_or_0(norm, 0, first, limit), ld_v4_f32_or_0(norm, 0, s32(first + 4 * THREADS), limit),
-        ld_v4_f32_or_0(norm, 0, s32(first + 8 * THREADS), limit),
-        ld_v4_f32_or_0(norm, 0, s32(first + 12 * THREADS), limit),
-    )  # fmt: skip
+        weights = norm_of_sixteen(norm, column, columns if normed else s32(0))
+    return x_at, x_place(x_at, column, payload), weights
 
 
 @device
@@ -357,47 +368,49 @@ def stage_x(x, start, norm, normed, columns, payload, staging, sums_at):
 
     If `normed`, x is multiplied by the norm's weight, and each warp writes its sum of squares to `sums_at`.
     """
-    limit, padded, first, at, factor_at, leads, weights = staging
-    step = s32(4 * THREADS // (32 * per_16_bytes(payload)) * (4 * x_step(payload)))
-    squares = np.float32(0)
+    x_at, place, weights = staging
+    width, column = columns_of_stage(payload), s32(4 * cuda.threadIdx.x)
+    padded, squares = s32((columns + width - 1) & -width), np.float32(0)
+    leads = column & (per_16_bytes(payload) - 1) == 0
     if columns & 3 == 0:
-        while first < padded:
+        while column < padded:
             no_unroll()
             # all loads are in flight at once, as each takes half a microsecond
-            x0, x1 = (
-                ld_v4_f32_or_0(x, start, first, columns),
-                ld_v4_f32_or_0(x, start, s32(first + 4 * THREADS), columns),
-            )
-            x2, x3 = (
-                ld_v4_f32_or_0(x, start, s32(first + 8 * THREADS), columns),
-                ld_v4_f32_or_0(x, start, s32(first + 12 * THREADS), columns),
-            )
+            x0 = ld_v4_f32_or_0(x, start, column, columns)
+            x1 = ld_v4_f32_or_0(x, start, s32(column + STRIDE), columns)
+            x2 = ld_v4_f32_or_0(x, start, s32(column + 2 * STRIDE), columns)
+            x3 = ld_v4_f32_or_0(x, start, s32(column + 3 * STRIDE), columns)
             if normed:
                 squares += (squared(x0) + squared(x1)) + (squared(x2) + squared(x3))
                 n0, n1, n2, n3 = weights
                 x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
-            left = s32(padded - first)
-            put_two(at, factor_at, leads, step, left, payload, x0, x1)
-            if left > 8 * THREADS:
-                put_two(s32(at + 2 * step), s32(factor_at + 2 * step), leads, step, s32(left - 8 * THREADS), payload, x2, x3)
-            first, at, factor_at = s32(first + 16 * THREADS), s32(at + 4 * step), s32(factor_at + 4 * step)
-            weights = norm_of_sixteen(norm, first, limit)
+            left = s32(padded - column)
+            second = x_place_after(x_at, place, column, 1, payload)
+            # two at a time without a branch, so that one's instructions fill the other's pauses
+            put4(place, leads, True, payload, x0)
+            put4(second, leads, left > STRIDE, payload, x1)
+            if left > 2 * STRIDE:
+                third = x_place_after(x_at, place, column, 2, payload)
+                put4(third, leads, True, payload, x2)
+                put4(x_place_after(x_at, place, column, 3, payload), leads, left > 3 * STRIDE, payload, x3)
+            place, column = x_place_after(x_at, place, column, 4, payload), s32(column + 4 * STRIDE)
+            weights = norm_of_sixteen(norm, column, columns if normed else s32(0))
     else:
-        while first < padded:
+        while column < padded:
             no_unroll()
             v = (
-                one_or_0(x, start, first, columns), one_or_0(x, start, s32(first + 1), columns),
-                one_or_0(x, start, s32(first + 2), columns), one_or_0(x, start, s32(first + 3), columns),
+                one_or_0(x, start, column, columns), one_or_0(x, start, s32(column + 1), columns),
+                one_or_0(x, start, s32(column + 2), columns), one_or_0(x, start, s32(column + 3), columns),
             )  # fmt: skip
             if normed:
                 squares += squared(v)
                 n = (
-                    one_or_0(norm, 0, first, columns), one_or_0(norm, 0, s32(first + 1), columns),
-                    one_or_0(norm, 0, s32(first + 2), columns), one_or_0(norm, 0, s32(first + 3), columns),
+                    one_or_0(norm, 0, column, columns), one_or_0(norm, 0, s32(column + 1), columns),
+                    one_or_0(norm, 0, s32(column + 2), columns), one_or_0(norm, 0, s32(column + 3), columns),
                 )  # fmt: skip
                 v = times4(v, n)
-            put4(at, factor_at, leads, True, payload, v)
-            first, at, factor_at = s32(first + 4 * THREADS), s32(at + step), s32(factor_at + step)
+            put4(place, leads, True, payload, v)
+            place, column = x_place_after(x_at, place, column, 1, payload), s32(column + STRIDE)
     if normed:
         squares = warp_sum(squares)
         if cuda.threadIdx.x & 31 == 0:
@@ -433,21 +446,13 @@ def times4(v, w):
 
 
 @device
-def put_two(at, factor_at, leads, step, left, payload, v, w):
-    """Stage a thread's four elements `v`, and `w` after `step` bytes if more than 1024 columns are `left`."""
-    put4(at, factor_at, leads, True, payload, v)
-    put4(s32(at + step), s32(factor_at + step), leads, left > 4 * THREADS, payload, w)
-
-
-@device
-def put4(at, factor_at, leads, there, payload, v):
-    """Stage four elements of x at a shared address, if they are `there`."""
+def put4(place, leads, there, payload, v):
+    """Stage four elements of x, if they are `there`."""
     if has_scales(payload):
-        put_fixed(at, factor_at, leads, there, payload, v)
+        put_fixed(place, leads, there, payload, v)
     elif there:
-        st_shared_v4_u32(
-            at, float_as_uint(v[0]), float_as_uint(v[1]), float_as_uint(v[2]), float_as_uint(v[3])
-        )
+        a, b, c, d = float_as_uint(v[0]), float_as_uint(v[1]), float_as_uint(v[2]), float_as_uint(v[3])
+        st_shared_v4_u32(place[0], a, b, c, d)
 
 
 SMALLEST_SCALED = np.int32(24 << 23)
@@ -455,15 +460,16 @@ SMALLEST_SCALED = np.int32(24 << 23)
 
 
 @device
-def put_fixed(at, factor_at, leads, there, payload, v):
-    """Stage four elements as 24-bit integers in three planes of bytes. All lanes of a warp must call it.
+def put_fixed(place, leads, there, payload, v):
+    """Stage four elements as 24-bit integers in three planes of bytes, and if they are the first that a lane
+    multiplies (`leads`), their factor. All lanes of a warp must call it.
 
     The elements that one lane multiplies share a scale, a power of two: it brings the largest to 2^22 to 2^23. So the
     error of an element is at most 2^-23 of the largest, twice that of a float32. But sums of products are exact, and
     four weights take three instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales, then
     their sums of x times the weight's zero point, but for q4_0 (`multiply_signed_nibbles`).
     """
-    elements = per_16_bytes(payload)
+    elements, at, factor_at = per_16_bytes(payload), place[0], place[1]
     largest = max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
     largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 1))
     largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 2))

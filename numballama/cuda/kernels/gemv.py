@@ -209,7 +209,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
         cursor = fetch_stage(mode, cursor, s32(stage), of_warp, payload, rows, weights, addresses, scale_step)
-    staging = before_x(norm, normed, columns, payload, s32(shared_at + 4 * layout[2]), thread)
+    staging = before_x(norm, normed, columns, payload, s32(shared_at + 4 * layout[2]))
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:
