@@ -363,10 +363,10 @@ def before_x(norm, normed, columns, payload, x_at):
 
 
 @device
-def stage_x(x, start, norm, normed, columns, payload, staging, sums_at):
+def stage_x(x, start, norm, normed, columns, payload, staging):
     """Stage x in shared memory; the last pair of chunks is padded with zeros. `staging` is what `before_x` returned.
 
-    If `normed`, x is multiplied by the norm's weight, and each warp writes its sum of squares to `sums_at`.
+    If `normed`, x is multiplied by the norm's weight. Returns the thread's sum of squares then (`put_squares`).
     """
     x_at, place, weights = staging
     width, column = columns_of_stage(payload), s32(4 * cuda.threadIdx.x)
@@ -386,13 +386,11 @@ def stage_x(x, start, norm, normed, columns, payload, staging, sums_at):
                 x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
             left = s32(padded - column)
             second = x_place_after(x_at, place, column, 1, payload)
-            # two at a time without a branch, so that one's instructions fill the other's pauses
-            put4(place, leads, True, payload, x0)
-            put4(second, leads, left > STRIDE, payload, x1)
+            put_two(place, second, leads, left > STRIDE, payload, x0, x1)
             if left > 2 * STRIDE:
                 third = x_place_after(x_at, place, column, 2, payload)
-                put4(third, leads, True, payload, x2)
-                put4(x_place_after(x_at, place, column, 3, payload), leads, left > 3 * STRIDE, payload, x3)
+                fourth = x_place_after(x_at, place, column, 3, payload)
+                put_two(third, fourth, leads, left > 3 * STRIDE, payload, x2, x3)
             place, column = x_place_after(x_at, place, column, 4, payload), s32(column + 4 * STRIDE)
             weights = norm_of_sixteen(norm, column, columns if normed else s32(0))
     else:
@@ -409,8 +407,14 @@ def stage_x(x, start, norm, normed, columns, payload, staging, sums_at):
                     one_or_0(norm, 0, s32(column + 2), columns), one_or_0(norm, 0, s32(column + 3), columns),
                 )  # fmt: skip
                 v = times4(v, n)
-            put4(place, leads, True, payload, v)
+            put_two(place, place, leads, False, payload, v, v)
             place, column = x_place_after(x_at, place, column, 1, payload), s32(column + STRIDE)
+    return squares
+
+
+@device
+def put_squares(squares, normed, sums_at):
+    """Write the warp's sum of squares, for `norm_factor`."""
     if normed:
         squares = warp_sum(squares)
         if cuda.threadIdx.x & 31 == 0:
@@ -446,13 +450,32 @@ def times4(v, w):
 
 
 @device
-def put4(place, leads, there, payload, v):
-    """Stage four elements of x, if they are `there`."""
+def put_two(place, second, leads, there, payload, v, w):
+    """Stage four elements of x at `place`, and four more at `second` if they are `there`. All lanes of a warp must call
+    it.
+    """
     if has_scales(payload):
-        put_fixed(place, leads, there, payload, v)
-    elif there:
+        elements = per_16_bytes(payload)
+        # side by side: a shuffle takes as long as ten other instructions
+        a, b = largest_of(v), largest_of(w)
+        a, b = max(a, cuda.shfl_xor_sync(FULL_MASK, a, 1)), max(b, cuda.shfl_xor_sync(FULL_MASK, b, 1))
+        a, b = max(a, cuda.shfl_xor_sync(FULL_MASK, a, 2)), max(b, cuda.shfl_xor_sync(FULL_MASK, b, 2))
+        if elements == 32:
+            a, b = max(a, cuda.shfl_xor_sync(FULL_MASK, a, 4)), max(b, cuda.shfl_xor_sync(FULL_MASK, b, 4))
+        put_fixed(place, leads, True, payload, v, a)
+        put_fixed(second, leads, there, payload, w, b)
+    else:
         a, b, c, d = float_as_uint(v[0]), float_as_uint(v[1]), float_as_uint(v[2]), float_as_uint(v[3])
         st_shared_v4_u32(place[0], a, b, c, d)
+        if there:
+            a, b, c, d = float_as_uint(w[0]), float_as_uint(w[1]), float_as_uint(w[2]), float_as_uint(w[3])
+            st_shared_v4_u32(second[0], a, b, c, d)
+
+
+@device
+def largest_of(v):
+    """Bits of the largest of four magnitudes."""
+    return max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
 
 
 SMALLEST_SCALED = np.int32(24 << 23)
@@ -460,21 +483,16 @@ SMALLEST_SCALED = np.int32(24 << 23)
 
 
 @device
-def put_fixed(place, leads, there, payload, v):
+def put_fixed(place, leads, there, payload, v, largest):
     """Stage four elements as 24-bit integers in three planes of bytes, and if they are the first that a lane
     multiplies (`leads`), their factor. All lanes of a warp must call it.
 
-    The elements that one lane multiplies share a scale, a power of two: it brings the largest to 2^22 to 2^23. So the
-    error of an element is at most 2^-23 of the largest, twice that of a float32. But sums of products are exact, and
-    four weights take three instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales, then
-    their sums of x times the weight's zero point, but for q4_0 (`multiply_signed_nibbles`).
+    The elements that one lane multiplies share a scale, a power of two: it brings the `largest`, as bits, to 2^22 to
+    2^23. So the error of an element is at most 2^-23 of the largest, twice that of a float32. But sums of products are
+    exact, and four weights take three instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales,
+    then their sums of x times the weight's zero point, but for q4_0 (`multiply_signed_nibbles`).
     """
     elements, at, factor_at = per_16_bytes(payload), place[0], place[1]
-    largest = max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
-    largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 1))
-    largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 2))
-    if elements == 32:
-        largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 4))
     # + 1: what rounds to 2^23 does not fit 24 bits
     power = max(s32((s32(largest) + 1) & 0x7F800000), SMALLEST_SCALED)
     inverse = uint_as_float(np.uint32(np.uint32(276 << 23) - np.uint32(power)))
@@ -490,7 +508,7 @@ def put_fixed(place, leads, there, payload, v):
         st_shared_u32(at, low)
         st_shared_u32(at + plane, middle)
         st_shared_u32(at + 2 * plane, high)
-    # infinite if an element is not finite; a quarter of a millionth, as q4_0's weights are sixteen times theirs
+    # infinite if an element is not finite; 16 times as small for q4_0, whose weights are 16 times as large
     scale = uint_as_float(np.uint32(power)) * np.float32(2.0**-26 if is_q4_0(payload) else 2.0**-22)
     if is_packed(payload):
         total = s32(a + b + c + d)

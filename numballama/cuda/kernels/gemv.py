@@ -46,6 +46,7 @@ from .dot import (
     fetch_q6_k,
     multiply,
     norm_factor,
+    put_squares,
     payload_step,
     row_bytes,
     stage_x,
@@ -146,17 +147,17 @@ def pair_of(local, n_pairs):
 def fetch_stage(mode, cursor, stage, of_warp, payload, rows, weights, scales, scale_step):
     """Start copying the stage at the cursor, if there is one. Returns the cursor of the next stage."""
     to_fetch, left, a, b, a_scales, b_scales = cursor
-    ring, lane, slices, groups, n_pairs, first_left = of_warp
+    ring, lane, groups, n_pairs, first_left, fewer, step, scales_step = of_warp
     row_slot = row_bytes(payload)
     if to_fetch < n_pairs:
         slot = s32(ring + (stage & (STAGES - 1)) * (2 * row_slot))
         fetch(slot, a, a_scales, left, payload, scale_step, lane)
         fetch(slot + row_slot, b, b_scales, left, payload, scale_step, lane)
-        left = s32(left - slices * columns_of_stage(payload))
-        a += slices * payload_step(payload)
-        b += slices * payload_step(payload)
-        a_scales += slices * (2 * scale_step)
-        b_scales += slices * (2 * scale_step)
+        left = s32(left - fewer)
+        a += step
+        b += step
+        a_scales += scales_step
+        b_scales += scales_step
         if left <= 0:
             left = first_left
             to_fetch = s32(to_fetch + groups)
@@ -187,12 +188,13 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     shared_at = s32(shared_address(shared, 0))
     ring = s32(shared_at + warp * (STAGES * 2 * row_slot) + lane * 16)
     first_left = s32(columns - slice_index * columns_of_stage(payload))
-    of_warp = ring, lane, slices, groups, n_pairs, first_left
 
     # this lane's first copy in row 0: its 16 bytes of the first chunk of its slice
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * elements) >> shift, scale_bytes(s0)
     odd, scale_step = s32(scale & 1), s32(chunk_scales(payload, s0, elements, shift))
+    fewer, step = s32(slices * columns_of_stage(payload)), np.uint32(slices * payload_step(payload))
+    of_warp = ring, lane, groups, n_pairs, first_left, fewer, step, np.uint32(slices * (2 * scale_step))
     offset = lane * 16 + slice_index * payload_step(payload)
     scales_offset = first_scale(payload, s0, scale, lane) + slice_index * (2 * scale_step)
     weights = weights[0] + offset, weights[1] + offset, weights[2] + offset, s32(weights[3])
@@ -214,9 +216,10 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:
         early1, early2 = early[first], early[second]
-    stage_x(x, start, norm, normed, columns, payload, staging, s32(shared_at + 4 * layout[3]))
+    squares = stage_x(x, start, norm, normed, columns, payload, staging)
     cuda.syncthreads()
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with the loads of x
+    put_squares(squares, normed, s32(shared_at + 4 * layout[3]))
 
     sum_a, sum_b, stage = np.float32(0), np.float32(0), s32(prefetch)
     x_bytes = 4 * x_step(payload)
@@ -236,7 +239,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         if left > 0:
             sum_a += multiply(slot, payload, s0, odd, x_now, lane, high_nibbles)
             sum_b += multiply(s32(slot + row_slot), payload, s0, odd, x_now, lane, high_nibbles)
-        left = s32(left - slices * columns_of_stage(payload))
+        left = s32(left - fewer)
         x_now = s32(x_now + slices * (2 * x_bytes))
         if left <= 0:
             total = warp_sum2(sum_a, sum_b)
