@@ -11,7 +11,7 @@ is 34 MB: 7 µs at 4.8 TB/s.
   gate and one of up, or two dimensions of queries or keys that RoPE rotates together.
 - `slices` warps share a pair of rows, and each takes every `slices`-th stage of it. They write their sums to shared
   memory after the last row. After one barrier, one thread per row adds them up.
-- x is staged in shared memory in a layout that depends on the weight's type (`dot.py`).
+- x is staged in shared memory in a layout that depends on the weight's type (`dot`, `gemv_x`).
 - RMSNorm needs no separate pass: x is multiplied by the norm's weight while it is staged. The rest of the norm is one
   factor for the whole vector, and every sum is multiplied by it at the end.
 """
@@ -39,19 +39,8 @@ from ..intrinsics import (
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
-from .dot import (
-    before_x,
-    columns_of_stage,
-    elements_together,
-    fetch_q6_k,
-    multiply,
-    norm_factor,
-    put_squares,
-    payload_step,
-    row_bytes,
-    stage_x,
-    x_step,
-)
+from .dot import columns_of_stage, elements_together, fetch_q6_k, multiply, payload_step, row_bytes, x_step
+from .gemv_x import before_x, norm_factor, put_squares, stage_x
 from .linear_sums import add_up, link_of, send
 from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
 from .params import GEMV_STAGES as STAGES
@@ -193,8 +182,8 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * elements) >> shift, scale_bytes(s0)
     odd, scale_step = s32(scale & 1), s32(chunk_scales(payload, s0, elements, shift))
-    fewer, step = s32(slices * columns_of_stage(payload)), np.uint32(slices * payload_step(payload))
-    of_warp = ring, lane, groups, n_pairs, first_left, fewer, step, np.uint32(slices * (2 * scale_step))
+    fewer, step = s32(slices * columns_of_stage(payload)), s32(slices * payload_step(payload))
+    of_warp = ring, lane, groups, n_pairs, first_left, fewer, step, s32(slices * (2 * scale_step))
     offset = lane * 16 + slice_index * payload_step(payload)
     scales_offset = first_scale(payload, s0, scale, lane) + slice_index * (2 * scale_step)
     weights = weights[0] + offset, weights[1] + offset, weights[2] + offset, s32(weights[3])
