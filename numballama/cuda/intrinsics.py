@@ -106,6 +106,20 @@ def st_v4_f32(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-
 
 
 @intrinsic
+def s32(typingctx, x):  # type: ignore[no-untyped-def]
+    """An integer as int32. Numba adds and multiplies int32 as int64, which takes twice the registers and instructions:
+    indices and shared addresses that a loop changes stay int32 by this.
+    """
+    if not isinstance(x, types.Integer):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return as_integer(context, builder, args[0], x, types.int32)
+
+    return types.int32(x), codegen
+
+
+@intrinsic
 def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """Reinterpret 32 bits as float32 (mov.b32)."""
 
@@ -239,35 +253,41 @@ def _copy(text: str, plain: str) -> Any:
     return typing
 
 
+def _or_zeros(copy: str) -> str:
+    """The copy, or zeros unless $2 is positive: by a predicate, as a number of bytes takes seven instructions more."""
+    return f"{{.reg .pred p; setp.le.s32 p, $2, 0; {copy}, p;}}"
+
+
 cp_async_16 = intrinsic(
     _copy(
-        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
-        "{.reg .pred p; .reg .u32 a, b, c, d; setp.ne.u32 p, $2, 0; "
+        _or_zeros("cp.async.cg.shared.global.L2::128B [$0], [$1], 16"),
+        "{.reg .pred p; .reg .u32 a, b, c, d; setp.gt.s32 p, $2, 0; "
         "mov.u32 a, 0; mov.u32 b, 0; mov.u32 c, 0; mov.u32 d, 0; @p ld.global.nc.v4.u32 {a, b, c, d}, [$1]; "
         "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""cp_async_16(to, source, count): start copying 16 bytes from a global to a shared address, both 16-byte aligned.
-`count` is 16, or 0 to write zeros without reading the source. The copy is complete after cp_async_commit and a wait.
+"""cp_async_16(to, source, count): start copying 16 bytes from a global to a shared address, both 16-byte aligned. If
+`count` is not positive, zeros are written and the source is not read. The copy is complete after cp_async_commit and a
+wait.
 """
 
 cp_async_8 = intrinsic(
     _copy(
-        "cp.async.ca.shared.global [$0], [$1], 8, $2;",
-        "{.reg .pred p; .reg .u32 a, b; setp.ne.u32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; "
+        _or_zeros("cp.async.ca.shared.global [$0], [$1], 8"),
+        "{.reg .pred p; .reg .u32 a, b; setp.gt.s32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; "
         "@p ld.global.nc.v2.u32 {a, b}, [$1]; st.shared.v2.u32 [$0], {a, b};}",
     )
 )
-"""cp_async_8(to, source, count): the same for 8 bytes; `count` is 8 or 0."""
+"""cp_async_8(to, source, count): the same for 8 bytes."""
 
 cp_async_4 = intrinsic(
     _copy(
-        "cp.async.ca.shared.global [$0], [$1], 4, $2;",
-        "{.reg .pred p; .reg .u32 a; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
+        _or_zeros("cp.async.ca.shared.global [$0], [$1], 4"),
+        "{.reg .pred p; .reg .u32 a; setp.gt.s32 p, $2, 0; mov.u32 a, 0; "
         "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [$0], a;}",
     )
 )
-"""cp_async_4(to, source, count): the same for 4 bytes; `count` is 4 or 0."""
+"""cp_async_4(to, source, count): the same for 4 bytes."""
 
 
 def _of_copies(text: str) -> Any:

@@ -71,6 +71,8 @@ has_scales = _constant(types.boolean, lambda name: name in SCALED)
 
 is_int8 = _constant(types.boolean, "int8".__eq__)
 """is_int8(pointer): whether the weight has 8-bit integers."""
+is_q4_0 = _constant(types.boolean, ELEMENT_TYPES["q4_0"].name.__eq__)
+"""is_q4_0(pointer): whether the weight is q4_0."""
 is_packed = _constant(types.boolean, lambda name: name in PACKED)
 """is_packed(pointer): whether the element type is one of `PACKED`."""
 
@@ -109,32 +111,31 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
 
 
 @intrinsic
-def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
-    """Dot product of the elements in 16 bytes of `memory`'s type with float32: four of them from each of x[index],
-    x[index + step], …
+def dot_16_bytes(typingctx, memory, words, x, step):  # type: ignore[no-untyped-def]
+    """Dot product of the elements in 16 bytes of `memory`'s type with float32: four of them from each of the shared
+    addresses x, x + step, …, which are 16-byte aligned.
 
-    Returns 0 for types with scales, which `dp4a` multiplies. `x` is shared memory, 16-byte aligned at these indices.
+    Returns 0 for types with scales, which `dp4a` multiplies.
     """
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = [builder.extract_value(args[1], i) for i in range(4)]
-        at = as_integer(context, builder, args[3], index, types.int64)
-        stride = as_integer(context, builder, args[4], step, types.int64)
+        at = as_integer(context, builder, args[2], x, types.int32)
+        stride = as_integer(context, builder, args[3], step, types.int32)
         sums = [ir.Constant(F32, 0.0)] * 2
         if name in SCALED:
             return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
-            where = builder.bitcast(element_pointer(context, builder, x, args[2], at), vector.as_pointer())
-            elements = builder.load(where, align=16)
+            elements = builder.load(builder.inttoptr(at, vector.as_pointer(3)), align=16)
             for i in range(4):
                 number = _unpack(builder, name, parts, 4 * four + i)
                 sums[i % 2] = fma(builder, number, builder.extract_element(elements, ir.Constant(I32, i)), sums[i % 2])
             at = builder.add(at, stride)
         return builder.fadd(*sums)
 
-    return types.float32(memory, words, x, index, step), codegen
+    return types.float32(memory, words, x, step), codegen
 
 
 @intrinsic

@@ -63,14 +63,6 @@ def prefetch_norm(norm, normed, first, columns):
 
 
 @device
-def prefetch_norm_line(norm, normed, columns):
-    """The same, where all blocks of a grid read the whole norm: each asks for 128 bytes of it."""
-    k = 32 * cuda.blockIdx.x
-    if normed and cuda.threadIdx.x == 0 and k < columns:
-        prefetch_l2(address(norm, k))
-
-
-@device
 def add4(a, b):
     """Element-wise sum of four elements."""
     return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]

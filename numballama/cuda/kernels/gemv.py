@@ -11,7 +11,7 @@ is 34 MB: 7 µs at 4.8 TB/s.
   gate and one of up, or two dimensions of queries or keys that RoPE rotates together.
 - `slices` warps share a pair of rows, and each takes every `slices`-th stage of it. They write their sums to shared
   memory after the last row. After one barrier, one thread per row adds them up.
-- x is staged in shared memory in a layout that depends on the weight's type (`dot.py`).
+- x is staged in shared memory in a layout that depends on the weight's type (`dot`, `gemv_x`).
 - RMSNorm needs no separate pass: x is multiplied by the norm's weight while it is staged. The rest of the norm is one
   factor for the whole vector, and every sum is multiplied by it at the end.
 """
@@ -28,15 +28,19 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
+    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     no_unroll,
+    s32,
     shared_address,
+    st_shared_u32,
 )
 from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
-from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, prefetch_norm_line, silu_and_mul
+from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
-from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
+from .dot import columns_of_stage, elements_together, fetch_q6_k, multiply, payload_step, row_bytes, x_step
+from .gemv_x import before_x, norm_factor, put_squares, stage_x
 from .linear_sums import add_up, link_of, send
 from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
 from .params import GEMV_STAGES as STAGES
@@ -54,22 +58,22 @@ of one of three weights (QKV, see `place`).
 def place(mode, pair, rows):
     """(weight, row of a, row of b) of a pair. `rows` tells which rows are paired (see `stream`)."""
     _, q_pairs, k_pairs, half, inverse_half = rows
-    weight, a, b = 0, 2 * pair, 2 * pair + 1
+    weight, a, b = 0, s32(2 * pair), s32(2 * pair + 1)
     if mode == GATE_UP:
         a, b = pair, pair
     if mode == QKV:
         inside = pair
         if pair >= q_pairs + k_pairs:
             weight = 2
-            inside = pair - q_pairs - k_pairs
+            inside = s32(pair - q_pairs - k_pairs)
         elif pair >= q_pairs:
             weight = 1
-            inside = pair - q_pairs
-        a, b = 2 * inside, 2 * inside + 1
+            inside = s32(pair - q_pairs)
+        a, b = s32(2 * inside), s32(2 * inside + 1)
         if half > 0 and weight < 2:
             head, _ = fast_divmod(inside, half, inverse_half)
-            a = inside + head * half
-            b = a + half
+            a = s32(inside + head * half)
+            b = s32(a + half)
     return weight, a, b
 
 
@@ -80,7 +84,7 @@ def source_of(mode, pair, rows, weights, scales):
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = scales
     if mode == LINEAR:
-        b = min(b, rows[0])
+        b = s32(min(b, rows[0]))
     base = w0 if weight == 0 else (w1 if weight == 1 else w2)
     scale_base = s0 if weight == 0 else (s1 if weight == 1 else s2)
     base_b, scale_base_b = base, scale_base
@@ -92,25 +96,28 @@ def source_of(mode, pair, rows, weights, scales):
 
 
 @device
-def fetch(slot, source, scales, count, next_count, left, payload, scale_step, lane):
-    """Start copying this lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
+def fetch(slot, source, scales, left, payload, scale_step, lane):
+    """Start copying this lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales. `left`
+    is how many columns there are from the warp's first one on.
+    """
+    here = s32(left - lane * elements_together(payload))
     if is_q6_k(payload):
-        fetch_q6_k(slot, source, scales, count, lane)
+        fetch_q6_k(slot, source, scales, here, lane)
         return
-    cp_async_16(slot, source, count)
-    cp_async_16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_count)
-    all_left = left + 32 * lane
+    next_here = s32(here - 32 * per_16_bytes(payload))
+    cp_async_16(slot, source, here)
+    cp_async_16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_here)
     if is_q5_k(payload):  # the first lanes copy the record for all lanes
         if 16 * lane < FIVE_RECORD:
-            cp_async_16(slot + SCALES_AT, scales, 16 if all_left > 0 else 0)
-            cp_async_16(slot + SCALES_AT + FIVE_RECORD, scales + scale_step, 16 if all_left > 1024 else 0)
+            cp_async_16(slot + SCALES_AT, scales, left)
+            cp_async_16(slot + SCALES_AT + FIVE_RECORD, scales + scale_step, s32(left - 1024))
     elif has_scales(payload):
-        at, words, next_words = slot + SCALES_AT - 12 * lane, count >> 2, next_count >> 2
+        at = slot + SCALES_AT - 12 * lane
         if has_mins(payload):
-            words = 4 if all_left > 0 and lane < FOUR_WORDS else 0
-            next_words = 4 if all_left > 1024 and lane < FOUR_WORDS else 0
-        cp_async_4(at, scales, words)
-        cp_async_4(at + SCALE_BYTES, scales + scale_step, next_words)
+            here = left if lane < FOUR_WORDS else s32(0)
+            next_here = s32(left - 1024) if lane < FOUR_WORDS else s32(0)
+        cp_async_4(at, scales, here)
+        cp_async_4(at + SCALE_BYTES, scales + scale_step, next_here)
 
 
 @device
@@ -120,30 +127,32 @@ def pairs_of_block(layout):
 
 
 @device
-def fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, scales, scale_step):
+def pair_of(local, n_pairs):
+    """The block's pair `local`, or its last one."""
+    return s32(cuda.blockIdx.x + min(local, n_pairs - 1) * cuda.gridDim.x)
+
+
+@device
+def fetch_stage(mode, cursor, stage, of_warp, payload, rows, weights, scales, scale_step):
     """Start copying the stage at the cursor, if there is one. Returns the cursor of the next stage."""
-    to_fetch, next_chunk, a, b, a_scales, b_scales = cursor
-    ring, lane, slice_index, slices, groups = lane_place
-    n_pairs, columns, chunks = shape
-    width, row_slot = 32 * per_16_bytes(payload), row_bytes(payload)
+    to_fetch, left, a, b, a_scales, b_scales = cursor
+    ring, lane, groups, n_pairs, first_left, fewer, step, scales_step = of_warp
+    row_slot = row_bytes(payload)
     if to_fetch < n_pairs:
-        slot = ring + (stage & (STAGES - 1)) * (2 * row_slot)
-        left = columns - next_chunk * width - lane * elements_together(payload)
-        count, next_count = 16 if left > 0 else 0, 16 if left > width else 0
-        fetch(slot, a, a_scales, count, next_count, left, payload, scale_step, lane)
-        fetch(slot + row_slot, b, b_scales, count, next_count, left, payload, scale_step, lane)
-        next_chunk += 2 * slices
-        a += slices * payload_step(payload)
-        b += slices * payload_step(payload)
-        a_scales += slices * (2 * scale_step)
-        b_scales += slices * (2 * scale_step)
-        if next_chunk >= chunks:
-            next_chunk = 2 * slice_index
-            to_fetch += groups
-            pair = cuda.blockIdx.x + min(to_fetch, n_pairs - 1) * cuda.gridDim.x
-            a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
+        slot = s32(ring + (stage & (STAGES - 1)) * (2 * row_slot))
+        fetch(slot, a, a_scales, left, payload, scale_step, lane)
+        fetch(slot + row_slot, b, b_scales, left, payload, scale_step, lane)
+        left = s32(left - fewer)
+        a += step
+        b += step
+        a_scales += scales_step
+        b_scales += scales_step
+        if left <= 0:
+            left = first_left
+            to_fetch = s32(to_fetch + groups)
+            a, b, a_scales, b_scales = source_of(mode, pair_of(to_fetch, n_pairs), rows, weights, scales)
     cp_async_commit()
-    return to_fetch, next_chunk, a, b, a_scales, b_scales
+    return to_fetch, left, a, b, a_scales, b_scales
 
 
 @device
@@ -160,66 +169,74 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
     a row, pairs per block, blocks with one pair more, and stages to copy ahead.
     """
-    prefetch_norm_line(norm, normed, columns)
-    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, prefetch = layout
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    n_pairs, elements, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
-    shape = n_pairs, columns, chunks
-    groups, slice_index = WARPS >> log2_slices, warp & (slices - 1)
-    ring = shared_address(shared, 0) + warp * (STAGES * 2 * row_slot) + lane * 16
-    lane_place = ring, lane, slice_index, slices, groups
+    slices, log2_slices, prefetch = s32(layout[0]), s32(layout[1]), layout[8]
+    thread, columns = s32(cuda.threadIdx.x), s32(columns)
+    lane, warp = s32(thread & 31), s32(thread >> 5)
+    n_pairs, elements, row_slot = s32(pairs_of_block(layout)), per_16_bytes(payload), row_bytes(payload)
+    groups, slice_index = s32(WARPS >> log2_slices), s32(warp & (slices - 1))
+    shared_at = s32(shared_address(shared, 0))
+    ring = s32(shared_at + warp * (STAGES * 2 * row_slot) + lane * 16)
+    first_left = s32(columns - slice_index * columns_of_stage(payload))
 
     # this lane's first copy in row 0: its 16 bytes of the first chunk of its slice
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * elements) >> shift, scale_bytes(s0)
-    odd, scale_step = scale & 1, chunk_scales(payload, s0, elements, shift)
+    odd, scale_step = s32(scale & 1), s32(chunk_scales(payload, s0, elements, shift))
+    fewer, step = s32(slices * columns_of_stage(payload)), s32(slices * payload_step(payload))
+    of_warp = ring, lane, groups, n_pairs, first_left, fewer, step, s32(slices * (2 * scale_step))
     offset = lane * 16 + slice_index * payload_step(payload)
     scales_offset = first_scale(payload, s0, scale, lane) + slice_index * (2 * scale_step)
-    weights = weights[0] + offset, weights[1] + offset, weights[2] + offset, weights[3]
+    weights = weights[0] + offset, weights[1] + offset, weights[2] + offset, s32(weights[3])
     addresses = (
         address(s0, 0) + scales_offset,
         address(s1, 0) + scales_offset,
         address(s2, 0) + scales_offset,
-        scale_stride * size,
+        s32(scale_stride * size),
     )
 
-    local, chunk = warp >> log2_slices, 2 * slice_index
-    pair = cuda.blockIdx.x + min(local, n_pairs - 1) * cuda.gridDim.x
-    a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, addresses)
-    cursor = local, chunk, a, b, a_scales, b_scales
+    local, left = s32(warp >> log2_slices), first_left
+    a, b, a_scales, b_scales = source_of(mode, pair_of(local, n_pairs), rows, weights, addresses)
+    cursor = local, left, a, b, a_scales, b_scales
     for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
-        cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
+        cursor = fetch_stage(mode, cursor, s32(stage), of_warp, payload, rows, weights, addresses, scale_step)
+    staging = before_x(norm, normed, columns, payload, s32(shared_at + 4 * layout[2]))
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:
         early1, early2 = early[first], early[second]
-    stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
+    squares = stage_x(x, start, norm, normed, columns, payload, staging)
     cuda.syncthreads()
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with the loads of x
+    put_squares(squares, normed, s32(shared_at + 4 * layout[3]))
 
-    sum_a, sum_b = np.float32(0), np.float32(0)
-    x_chunk, stage = x_step(payload), prefetch
+    sum_a, sum_b, stage = np.float32(0), np.float32(0), s32(prefetch)
+    x_bytes = 4 * x_step(payload)
+    first_x = s32(shared_at + 4 * layout[2] + 2 * slice_index * x_bytes)
+    x_now, sums_at = first_x, s32(shared_at + 4 * layout[4] + 8 * (local * slices + slice_index) + 4 * (lane >> 4))
+    # 0xF0F0F0F0, but not for the compiler, which would load a constant again for each of 32 uses
+    high_nibbles = np.uint32(columns >> 31) ^ np.uint32(0xF0F0F0F0)
     while local < n_pairs:
         if has_mins(payload):
             cuda.syncwarp()  # all lanes have read what other lanes copied for them
-        cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
-        stage += 1
+        cursor = fetch_stage(mode, cursor, stage, of_warp, payload, rows, weights, addresses, scale_step)
+        stage = s32(stage + 1)
         cp_async_wait_group(3)
         if has_mins(payload):
             cuda.syncwarp()
-        slot = ring + (stage & (STAGES - 1)) * (2 * row_slot)
-        if chunk < chunks:
-            sum_a += multiply(slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
-            sum_b += multiply(slot + row_slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
-        chunk += 2 * slices
-        if chunk >= chunks:
+        slot = s32(ring + (stage & (STAGES - 1)) * (2 * row_slot))
+        if left > 0:
+            sum_a += multiply(slot, payload, s0, odd, x_now, lane, high_nibbles)
+            sum_b += multiply(s32(slot + row_slot), payload, s0, odd, x_now, lane, high_nibbles)
+        left = s32(left - fewer)
+        x_now = s32(x_now + slices * (2 * x_bytes))
+        if left <= 0:
             total = warp_sum2(sum_a, sum_b)
             if lane & 15 == 0:
-                shared[partial_at + (local * slices + slice_index) * 2 + (lane >> 4)] = total
+                st_shared_u32(sums_at, float_as_uint(total))
             sum_a, sum_b = np.float32(0), np.float32(0)
-            chunk = 2 * slice_index
-            local += groups
+            left, x_now = first_left, first_x
+            local, sums_at = s32(local + groups), s32(sums_at + 8 * WARPS)
     cp_async_wait_all()
     cuda.syncthreads()
     return early1, early2

@@ -21,7 +21,7 @@ from ..intrinsics import (
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32
 from .common import FULL_MASK, device, magnitude_bits
-from .dot import ld_v4_f32_or_0, squared, times4
+from .gemv_x import ld_v4_f32_or_0, squared, times4
 from .reduce import warp_sum
 
 

@@ -22,7 +22,7 @@ from ..intrinsics import (
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import device, magnitude_bits, max_registers
-from .dot import squared
+from .gemv_x import squared
 from .linear_sums import add_up_rows, link_of
 from .params import SKINNY_WARPS as WARPS
 from .reduce import warp_sum

@@ -80,16 +80,20 @@ class _Shape(NamedTuple):
     shared_bytes: int
 
 
-BLOCKS_OF_FEW_BITS = 2
-"""Blocks an SM for types of fewer than 8 bits, if their shared memory lets them: arithmetic takes longer than memory
-then, and one block's eight warps do not fill the SM's schedulers."""
+BLOCKS_OF_FEW_BITS, MANY_STAGES = 2, 64
+"""Blocks an SM for large weights of fewer than 8 bits, from this number of stages of pairs of rows an SM on, if their
+shared memory lets them. Arithmetic takes longer than memory then, and one block's eight warps do not fill the SM's
+schedulers. For smaller weights it is worth more that the next kernel's block fits beside this one's.
+"""
 RESERVED_BYTES = 1 << 10
 """Shared memory that each block takes besides its own."""
 
 
 def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shape:
     """How `tokens` vectors are multiplied with `pairs` pairs of rows."""
-    if TYPE_TRAITS[weight.payload.dtype].bits < 8:
+    elements, _, _ = stage_of(weight.payload.dtype)
+    stages = pairs * ceil_div(weight.shape[1], 64 * elements)
+    if TYPE_TRAITS[weight.payload.dtype].bits < 8 and stages >= MANY_STAGES * ctx.n_sms:
         found = _shape_for(BLOCKS_OF_FEW_BITS * ctx.n_sms, ctx, weight, pairs, tokens)
         if BLOCKS_OF_FEW_BITS * (found.shared_bytes + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES:
             return found

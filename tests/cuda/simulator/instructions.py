@@ -53,12 +53,12 @@ def _st_v4_f32(memory: Pointer, index: int, *numbers: Any) -> None:
         memory[index + i] = number
 
 
-def _dot_16_bytes(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
+def _dot_16_bytes(memory: Pointer, words: Any, x: int, step: int) -> Any:
     if memory.name in ("int8", "uint8"):
         return np.float32(0)
     numbers, total = _numbers(memory.name, words).tolist(), 0.0
     for four in range(len(numbers) // 4):
-        a, b, c, d = map(float, x.four(index + four * step))
+        a, b, c, d = np.array(_shared_words(4)(x + four * step)).view(np.float32).tolist()
         first, second, third, fourth = numbers[4 * four : 4 * four + 4]
         total = total + first * a + second * b + third * c + fourth * d
     return np.float32(total)
@@ -123,13 +123,12 @@ def _scale_in(memory: Pointer, word: Any, index: int) -> Any:
 
 def _copy(nbytes: int) -> Callable[[int, int, int], None]:
     def copy(to: int, source: int, count: int) -> None:
-        assert count in (0, nbytes)
         assert to % nbytes == 0 and source % nbytes == 0, "a copy's addresses are aligned even if it copies nothing"
         simulation.shared.check(to, nbytes)
-        if count:
+        if count > 0:
             simulation.check(source, nbytes)
         own = lane()
-        own.copies.append((to, source if count else 0, nbytes, own.waited))
+        own.copies.append((to, source if count > 0 else 0, nbytes, own.waited))
         if not simulation.asynchronous:
             _finish(own.copies)
 
@@ -144,6 +143,12 @@ def _finish(copies: list[tuple[int, int, int, bool]]) -> None:
         own.waited = now
         ctypes.memmove(int(to), data, nbytes)
     copies.clear()
+
+
+def _st_shared(to: int, *words: Any) -> None:
+    assert to % (4 * len(words)) == 0
+    simulation.shared.check(to, 4 * len(words))
+    ctypes.memmove(int(to), np.array(words, np.uint32).tobytes(), 4 * len(words))
 
 
 def _cp_async_commit() -> None:
@@ -261,6 +266,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "shared_address": _shared_address,
     "ld_v4_f32": _ld_v4_f32,
     "st_v4_f32": _st_v4_f32,
+    "s32": int,
     "uint_as_float": lambda bits: np.uint32(bits).view(np.float32),
     "float_as_uint": lambda number: np.float32(number).view(np.uint32),
     "cvt_f32_f16": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
@@ -277,6 +283,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "per_16_bytes": lambda memory: _PER_16[memory.kind],
     "has_scales": lambda memory: memory.kind in ("int8", "uint8", *PACKED),
     "is_packed": lambda memory: memory.kind in PACKED,
+    "is_q4_0": lambda memory: memory.kind == "uint8",
     "is_q4_1": lambda memory: memory.kind == "q4_1",
     "has_mins": lambda memory: memory.kind in ("q4_k", "q5_k"),
     "is_q5_k": lambda memory: memory.kind == "q5_k",
@@ -303,6 +310,8 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
     "ld_global_v4_u32": lambda where: _words(simulation.load(where, 16)),
     "st_global_u32": _st_global_u32,
+    "st_shared_u32": _st_shared,
+    "st_shared_v4_u32": _st_shared,
     "prefetch_l2": lambda where: simulation.check(where, 4),
     "no_unroll": lambda: None,
     "griddepcontrol_wait": _griddepcontrol_wait,
