@@ -120,6 +120,19 @@ def s32(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def mul_wide_s32(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """mul.wide.s32: the product of two int32 as int64, in one instruction. Where one of them has been extended to int64
+    before a loop, `a * b` takes four.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(I64, [I32] * 2), "mul.wide.s32 $0, $1, $2;", "=l,r,r")
+        return builder.call(asm, args)
+
+    return types.int64(types.int32, types.int32), codegen
+
+
+@intrinsic
 def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """Reinterpret 32 bits as float32 (mov.b32)."""
 

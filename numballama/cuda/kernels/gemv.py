@@ -31,6 +31,7 @@ from ..intrinsics import (
     float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    mul_wide_s32,
     no_unroll,
     s32,
     shared_address,
@@ -84,14 +85,15 @@ def source_of(mode, pair, rows, weights, scales):
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = scales
     if mode == LINEAR:
-        b = s32(min(b, rows[0]))
+        b = min(b, s32(rows[0]))
     base = w0 if weight == 0 else (w1 if weight == 1 else w2)
     scale_base = s0 if weight == 0 else (s1 if weight == 1 else s2)
     base_b, scale_base_b = base, scale_base
     if mode == GATE_UP:
         base_b, scale_base_b = w1, s1
     return (
-        base + a * stride, base_b + b * stride, scale_base + a * scale_stride, scale_base_b + b * scale_stride,
+        base + mul_wide_s32(a, stride), base_b + mul_wide_s32(b, stride), scale_base + mul_wide_s32(a, scale_stride),
+        scale_base_b + mul_wide_s32(b, scale_stride),
     )  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def pairs_of_block(layout):
 @device
 def pair_of(local, n_pairs):
     """The block's pair `local`, or its last one."""
-    return s32(cuda.blockIdx.x + min(local, n_pairs - 1) * cuda.gridDim.x)
+    return s32(cuda.blockIdx.x + min(local, s32(n_pairs - 1)) * cuda.gridDim.x)
 
 
 @device
@@ -169,7 +171,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
     a row, pairs per block, blocks with one pair more, and stages to copy ahead.
     """
-    slices, log2_slices, prefetch = s32(layout[0]), s32(layout[1]), layout[8]
+    slices, log2_slices, prefetch = s32(layout[0]), s32(layout[1]), s32(layout[8])
     thread, columns = s32(cuda.threadIdx.x), s32(columns)
     lane, warp = s32(thread & 31), s32(thread >> 5)
     n_pairs, elements, row_slot = s32(pairs_of_block(layout)), per_16_bytes(payload), row_bytes(payload)
@@ -197,9 +199,11 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     local, left = s32(warp >> log2_slices), first_left
     a, b, a_scales, b_scales = source_of(mode, pair_of(local, n_pairs), rows, weights, addresses)
     cursor = local, left, a, b, a_scales, b_scales
-    for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
+    stage = s32(0)
+    while stage < prefetch:  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
-        cursor = fetch_stage(mode, cursor, s32(stage), of_warp, payload, rows, weights, addresses, scale_step)
+        cursor = fetch_stage(mode, cursor, stage, of_warp, payload, rows, weights, addresses, scale_step)
+        stage = s32(stage + 1)
     staging = before_x(norm, normed, columns, payload, s32(shared_at + 4 * layout[2]))
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
@@ -210,7 +214,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with the loads of x
     put_squares(squares, normed, s32(shared_at + 4 * layout[3]))
 
-    sum_a, sum_b, stage = np.float32(0), np.float32(0), s32(prefetch)
+    sum_a, sum_b = np.float32(0), np.float32(0)
     x_bytes = 4 * x_step(payload)
     first_x = s32(shared_at + 4 * layout[2] + 2 * slice_index * x_bytes)
     x_now, sums_at = first_x, s32(shared_at + 4 * layout[4] + 8 * (local * slices + slice_index) + 4 * (lane >> 4))
