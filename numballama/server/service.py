@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -52,6 +53,10 @@ class Counts:
         self._here[0] += sequences
         self._here[1] += tokens
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which no other process looks for a place or takes one. Here, there is no other process."""
+        return contextlib.nullcontext()
+
     @property
     def here(self) -> int:
         """Sequences of this process."""
@@ -87,12 +92,13 @@ class Admission:
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in. Raises `ApiError` 429 when the queue is full. One that comes alone is always let in."""
-        full = self.sequences >= self.limit
-        if full or (self.tokens and self.tokens + tokens > self.token_limit):
-            what = "requests" if full else "prompt tokens"
-            wait_s = 1 + min(self.sequences // self.slots, 59)
-            raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
-        return Ticket(self, sequences, tokens)
+        with self.counts.locked():
+            full = self.sequences >= self.limit
+            if not full and (not self.tokens or self.tokens + tokens <= self.token_limit):
+                return Ticket(self, sequences, tokens)
+        what = "requests" if full else "prompt tokens"
+        wait_s = 1 + min(self.sequences // self.slots, 59)
+        raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
 
 
 class Ticket:
