@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from .. import loader
 from ..checkpoint import Checkpoint
 from ..errors import DeviceError
+from ..host.child import end_after_parent
 from .app import create_app
 from .link import Head, Link, SharedCounts, pack
 from .remote import ENGINE_GONE, Facts, RemoteEngine, RemoteModel
@@ -30,7 +29,7 @@ from .settings import Settings
 ERRORS_WITHIN_S = 2.0
 """Seconds for the answers to clients when the process with the engine has ended."""
 ENDED_WITHIN_S = 10.0
-"""Seconds after that until this process ends, whatever it does."""
+"""Seconds after that end until this process ends, whatever it does."""
 
 
 class HttpServer(Server):
@@ -146,13 +145,11 @@ class HttpServer(Server):
             self._service.unload(ENGINE_GONE)
             self._engine.fail(DeviceError(ENGINE_GONE))
             self._service.draining, self._deadline = True, time.monotonic() + ERRORS_WITHIN_S
-        end = threading.Timer(ENDED_WITHIN_S, os._exit, [1])
-        end.daemon = True
-        end.start()
 
 
 def main(link_file: int, handoff_file: int, counts_file: int, process: int, processes: int) -> None:
     """Serve until the process with the engine says so, or ends."""
+    end_after_parent(ENDED_WITHIN_S)
     link, handoff = Link(socket.socket(fileno=link_file), f"http-{process}"), socket.socket(fileno=handoff_file)
     first = link.receive_one()
     if first is None:
