@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import loader
-from ..checkpoint import Checkpoint
 from ..errors import DeviceError
 from ..host.child import end_after_parent
 from .app import create_app
@@ -40,7 +39,6 @@ class HttpServer(Server):
         super().__init__(server_config(app, address, settings.body_timeout_s), service)
         self._link, self._handoff = link, handoff
         handoff.setblocking(False)
-        self._checkpoint: Checkpoint | None = None
         self._latest: Head = {}
         """The latest news of the model."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,9 +120,8 @@ class HttpServer(Server):
         """Open the model's file, for all but its weights, and answer requests from now on."""
         facts = Facts(**news["ready"])
         try:
-            if self._checkpoint is None:
-                self._checkpoint = await self._service.run(loader.open_checkpoint, facts.path, facts.tokenizer)
-            model = await self._service.run(RemoteModel, self._checkpoint, facts, self._engine)
+            checkpoint = await self._service.run(loader.open_checkpoint, facts.path, facts.tokenizer)
+            model = await self._service.run(RemoteModel, checkpoint, facts, self._engine)
             if self._latest is not news:
                 return
             self._engine.facts, self._engine.failure = facts, None
@@ -133,7 +130,8 @@ class HttpServer(Server):
             log.error("the model's file could not be opened: %s", error, exc_info=error)
             self.should_exit = True
             return
-        gc.collect()
+        gc.unfreeze()
+        gc.collect()  # what is left of a model before
         gc.freeze()
         self._link.send(pack({"do": "ready"}))
 
