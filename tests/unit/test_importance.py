@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from numballama.quantization.convert import dequantize
 from numballama.quantization.types import F32
 from numballama.sampling import SamplingParams
 from tests.helpers.command_line import call
+from tests.helpers.random_models import random_checkpoint
 
 STORY = Path(numballama.__file__).parent / "story.gguf"
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park.\n" * 3
@@ -143,6 +145,36 @@ def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
             name == "own"
         ), done.err
     assert (tmp_path / "own").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "what"),
+    [
+        ("q5_0", "m.gguf", "its rows of 40 elements are not a whole number of blocks of 32"),
+        ("q4_k", "none/m.gguf", "there is no folder"),
+        ("q4_k", "m.bin", "is what is read, and would be lost"),
+    ],
+)
+def test_what_cannot_be_written_is_not_measured(
+    dtype: str,
+    target: str,
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To run a large model takes minutes."""
+
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("it runs the model")
+
+    monkeypatch.setattr("numballama.importance.measure", measured)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = ModelConfig(dim=40, hidden_dim=64, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=64, context=64)
+    WRITERS["llama2c-v1"](tmp_path / "m.bin", config, random_checkpoint(config, 0).weights)
+    words = ("--to", "gguf", "--dtype", dtype, "--calibrate", tmp_path / "text.txt")
+    done = call(capsys, "export", tmp_path / "m.bin", tmp_path / target, *words)
+    assert done.code == 1 and what in done.err, done.err
 
 
 def test_calibration_is_for_types_that_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
