@@ -554,8 +554,8 @@ def bounds_of(reference: ReferenceBackend) -> Iterator[None]:
 
     An exponential is a power of two, whose exponent is rounded when it is multiplied by log2(e): a relative error of
     the result that grows with the exponent. With quantised weights x is in fixed point (`cuda/kernels/dot.py`): a
-    number is off by 2^-24 of the largest of those that one lane multiplies, 16 or 32 neighbours, or by itself where
-    that is below 1e-30. Elements that are scale · quant + min are multiplied in two sums, each of which is rounded.
+    number is off by 2^-24 of the largest of those that one lane multiplies, 16 or 32 neighbours, or of 1e-31 if that is
+    more. Elements that are scale · quant + min are multiplied in two sums, each of which is rounded.
     """
     weights = reference.weights
     parts = {name: magnitudes(weight) for name, weight in weights.items() if weight.type.name in LEAST}
@@ -578,7 +578,7 @@ def bounds_of(reference: ReferenceBackend) -> Iterator[None]:
         largest = np.repeat(np.maximum.reduceat(a, starts, axis=1), 32, axis=1)[:, : a.shape[1]]
         if id(x[-1]) in by_array:
             error += 8 * U * a @ by_array[id(x[-1])].T
-        return error + (1.01 * U * largest + 1e-30) @ w.T
+        return error + 1.01 * U * np.maximum(largest, 1e-31) @ w.T
 
     quantised = any(weight.type.name in QUANTISED for weight in weights.values())
     changed = {"swiglu": swiglu, "softmax": softmax} | ({"linear": linear} if quantised else {})

@@ -367,6 +367,8 @@ def put4(shared, x_at, k, padded, elements, payload, v):
 
 MOST = np.float32(8388600)
 """The largest fixed-point integer. It fits 24 signed bits however it is rounded."""
+LEAST_BITS = np.float32(1e-31).view(np.int32)
+"""Bits of the least magnitude that `MOST` stands for: the scale of a lesser one would be subnormal, and rounded."""
 
 
 @device
@@ -374,17 +376,17 @@ def put_fixed(shared, x_at, k, elements, payload, v):
     """Stage elements k to k + 3 as 24-bit integers in three planes of bytes. All lanes of a warp must call it.
 
     The elements that one lane multiplies share a scale, which maps the largest to 2^23. So the error of an element is
-    at most 2^-24 of the largest, as with float32 rounding. But sums of products are exact, and four weights take three
-    instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales, then their sums of x times the
-    weight's zero point.
+    at most 2^-24 of the largest, as with float32 rounding, or of 1e-31. But sums of products are exact, and four
+    weights take three instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales, then their sums
+    of x times the weight's zero point.
     """
     largest_bits = max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
     largest_bits = max(largest_bits, cuda.shfl_xor_sync(FULL_MASK, largest_bits, 1))
     largest_bits = max(largest_bits, cuda.shfl_xor_sync(FULL_MASK, largest_bits, 2))
     if elements == 32:
         largest_bits = max(largest_bits, cuda.shfl_xor_sync(FULL_MASK, largest_bits, 4))
-    largest = uint_as_float(np.uint32(largest_bits))
-    inverse = MOST / largest if largest > np.float32(1e-30) else np.float32(0)
+    largest = uint_as_float(np.uint32(max(largest_bits, LEAST_BITS)))
+    inverse = MOST / largest
     a, b, c, d = (
         cvt_rni_s32(v[0] * inverse),
         cvt_rni_s32(v[1] * inverse),
