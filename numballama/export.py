@@ -217,13 +217,13 @@ def export_model(
     rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
-    importance: Mapping[str, np.ndarray] | None = None,
+    importance: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray] | None] | None = None,
 ) -> Exported:
     """Write the model at `source` (None: the story model) to `path` in format `to`, a key of `WRITERS`.
 
     `quantize` is one of `QUANTS[to]`; None keeps the types of the source where the format can hold them. "q4_k", "q5_k"
     and "q6_k" are llama.cpp's mixtures Q4_K_M, Q5_K_M and Q6_K. `importance` (`importance.measure`) says how much the
-    columns of a weight count; K-quants, q5_0 and q5_1 use it.
+    columns of a weight count; K-quants, q5_0 and q5_1 use it. A function that returns it is called once the types fit.
 
     The target is written completely or not at all. Matrices are converted one at a time, while they are written. Raises
     `UnsupportedError` for what the format cannot hold, `FormatError` for a damaged source, `Error` for bad arguments.
@@ -241,6 +241,8 @@ def export_model(
     notes = list(opened.notes)
     options = _options(opened, to, _name(source, opened), tokenizer, notes)
     types = _types(opened, to, quantize, options.group_size)
+    if callable(importance):
+        importance = importance()
     matrices = [name for name, weight in opened.weights.items() if len(weight.shape) == 2]
     rows: dict[str, Row] = {}
     with progress.progress_bar(f"writing {to}") as show:

@@ -15,6 +15,7 @@ from .errors import ContextError, Error
 from .ir import Graph
 from .model import Model
 from .sampling import SamplingParams
+from .tokenizers.base import Tokenizer
 
 WINDOW = 512
 """Tokens of the text that are read together, as in llama.cpp. Less where the model's context is shorter."""
@@ -23,6 +24,8 @@ MOST_TOKENS = 64 * WINDOW
 FLOOR = 1e-4
 """Least importance of a column, of a mean of 1: a column that this text does not need must not be given up."""
 GIVE_TEXT = "give one: --calibrate FILE"
+SEPARATOR = "<|endoftext|>"
+"""The token between the documents that models without BOS were trained on, as Qwen2."""
 OWN_TEXTS, OWN_TOKENS = 16, 64
 """How many texts of how many tokens at most a model writes to be measured with."""
 
@@ -54,21 +57,30 @@ def measure(model: Model, text: str) -> Importance:
     return {weight: _relative(squares[name]) for weight, name in inputs.items()}
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """Ids after which a model begins a text: BOS, otherwise `SEPARATOR`, EOS or a newline, the first that there is.
+
+    Not the end of a turn in a chat, which EOS may be, if it can be avoided: the model would write the next turn.
+    """
+    for token in (tokenizer.bos_id, tokenizer.special_tokens.get(SEPARATOR), tokenizer.eos_id):
+        if token is not None and token < tokenizer.usable:
+            return [token]
+    return tokenizer.encode("\n", bos=False)
+
+
 def own_text(model: Model) -> str:
-    """What the model writes after BOS alone: the same each time. `model` has room for `OWN_TEXTS` sequences.
+    """What the model writes after `beginning`: the same each time. `model` has room for `OWN_TEXTS` sequences.
 
     Texts that follow the model's own probabilities are like those that it was trained on. Raises `Error` for a model
-    that has no tokenizer or no BOS, or ends every text at once.
+    that has no tokenizer or ends every text at once.
     """
-    tokenizer = model.require_tokenizer()
-    if tokenizer.bos_id is None and not tokenizer.bos:
-        raise Error(f"its tokenizer has no BOS, with which a text begins; {GIVE_TEXT}")
+    ids = beginning(model.require_tokenizer())
     settings = SamplingParams(
         max_tokens=OWN_TOKENS, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, n=OWN_TEXTS
     )  # one request: all texts start in the same step, so that every step has the same rows whatever the timing
     texts = [""] * OWN_TEXTS
     with progress.progress_bar("writing a text to calibrate with") as report:
-        for done, response in enumerate(model.stream(None, params=settings)):
+        for done, response in enumerate(model.stream_ids(ids, params=settings, strip_leading_space=True)):
             texts[response.index] += response.text
             report(f"token {done:,}", done, OWN_TEXTS * OWN_TOKENS)
     if not any(text.strip() for text in texts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
@@ -62,20 +63,22 @@ def run_export(arguments: argparse.Namespace) -> None:
     names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
     options = {name: getattr(arguments, name) for name in names}
     notes: list[str] = []
-    options["importance"] = _importance(arguments, options, notes)
-    done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
+    importance = _importance(arguments, options, notes)
+    target = arguments.target, arguments.to, arguments.dtype
+    done = export_model(arguments.source, *target, importance=importance, **options)
     print(done)
     if not arguments.quiet:
         for note in (*notes, *done.notes):  # also without a terminal: a log should show what was lost
             print(note, file=sys.stderr)
 
 
-def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]) -> Importance | None:
-    """What a text, by default the model's own, says of the model's columns. None for types that do not use it, and,
-    with a note, for a model that writes none.
+def _importance(
+    arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]
+) -> Callable[[], Importance | None] | None:
+    """A function that runs the model on a text, by default its own, to learn how much its columns count. It returns
+    None, with a note, for a model that writes no text. None for types that do not use it.
     """
     from ..bench.perplexity import read_text
-    from ..export import QUANTS
     from ..files import require_folder
     from ..importance import OWN_TEXTS, OWN_TOKENS, WINDOW, measure, own_text
     from ..model import Model
@@ -86,18 +89,20 @@ def _importance(arguments: argparse.Namespace, options: dict[str, Any], notes: l
         if given:
             raise Error(f"--calibrate is for --dtype {', '.join(sorted(SEARCHING))}; found --dtype {arguments.dtype}")
         return None
-    if arguments.dtype not in QUANTS.get(arguments.to, (arguments.dtype,)):
-        raise Error(f"{arguments.to} cannot hold {arguments.dtype!r}; it holds {', '.join(QUANTS[arguments.to])}")
-    if arguments.no_calibrate or arguments.to not in QUANTS:
+    if arguments.no_calibrate:
         return None
-    require_folder(arguments.target)
     text = read_text(arguments.calibrate) if given else None
     room: dict[str, Any] = {} if given else {"max_sequences": OWN_TEXTS, "kv_tokens": OWN_TEXTS * 2 * OWN_TOKENS}
-    try:
-        with Model(arguments.source, device="cpu", context=WINDOW, **room, **options) as model:
-            return measure(model, own_text(model) if text is None else text)
-    except Error as error:
-        if given:
-            raise
-        notes.append(f"the model wrote no text to calibrate with, so all inputs count alike: {error}")
-        return None
+
+    def run() -> Importance | None:
+        require_folder(arguments.target)
+        try:
+            with Model(arguments.source, device="cpu", context=WINDOW, **room, **options) as model:
+                return measure(model, own_text(model) if text is None else text)
+        except Error as error:
+            if given:
+                raise
+            notes.append(f"the model wrote no text to calibrate with, so all inputs count alike: {error}")
+            return None
+
+    return run

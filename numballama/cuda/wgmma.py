@@ -242,6 +242,19 @@ fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "")
 """fence_proxy_async(): what this thread has written to shared memory is there for wgmma after the next barrier."""
 
 
+def _st_async(builder: Any, where: list[Any], four: list[Any], offset: int = 0) -> None:
+    """Send four numbers, `offset` bytes after a place. `where`: that place, an mbarrier that counts their bytes, and
+    the rank of a block of the cluster, which has both.
+    """
+    text = (
+        "{.reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; "
+        "mapa.shared::cluster.u32 counted, $1, $2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+        f"[there+{offset}], {{$3, $4, $5, $6}}, [counted];}}"
+    )
+    call_asm(builder, VOID, text, "r,r,r,f,f,f,f,~{memory}", [*where, *four])
+
+
 @intrinsic
 def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore[no-untyped-def]
     """Send four numbers of `sums` for each 8 columns to a block of the cluster, whose mbarrier counts their bytes.
@@ -259,14 +272,7 @@ def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore
             number = builder.udiv(part, slices)
             rank = builder.sub(part, builder.mul(number, slices))
             to = builder.add(at, builder.mul(builder.mul(number, slices), ir.Constant(I32, 1024)))
-            text = (
-                "{.reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; "
-                "mapa.shared::cluster.u32 counted, $1, $2; "
-                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-                "[there], {$3, $4, $5, $6}, [counted];}"
-            )
-            call_asm(builder, VOID, text, "r,r,r,f,f,f,f,~{memory}",
-                     [to, barrier, rank, *parts[4 * unit : 4 * unit + 4]])  # fmt: skip
+            _st_async(builder, [to, barrier, rank], parts[4 * unit : 4 * unit + 4])
         return context.get_dummy_value()
 
     return types.void(sums, at, barrier, group, slices), codegen
@@ -283,13 +289,7 @@ def st_async_parts(typingctx, sums, at, barrier, rank):  # type: ignore[no-untyp
         where = [as_integer(context, builder, a, t, types.int32) for a, t in
                  zip(args[1:], signature.args[1:], strict=True)]  # fmt: skip
         for unit in range(len(parts) // 4):
-            text = (
-                "{.reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; "
-                "mapa.shared::cluster.u32 counted, $1, $2; "
-                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-                f"[there+{2048 * unit}], {{$3, $4, $5, $6}}, [counted];}}"
-            )
-            call_asm(builder, VOID, text, "r,r,r,f,f,f,f,~{memory}", [*where, *parts[4 * unit : 4 * unit + 4]])
+            _st_async(builder, where, parts[4 * unit : 4 * unit + 4], 2048 * unit)
         return context.get_dummy_value()
 
     return types.void(sums, at, barrier, rank), codegen

@@ -1,10 +1,16 @@
-"""Another Python process with this one's module search path, for work that may crash or that shall run beside."""
+"""Another Python process with this one's module search path, for work that may crash or that runs beside this one's.
+
+A child notices the end of its parent by its standard input, a pipe that ends then.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 
 
 def can_start_python() -> bool:
@@ -31,3 +37,29 @@ def how_it_ended(code: int) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:  # a real-time signal between the first and the last has no name
         return f"signal {-code}"
+
+
+def continue_when_parent_ends() -> None:
+    """In a child: have the system continue this process when its parent ends. One that is stopped notices nothing.
+
+    Linux only. A process that runs is not affected.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        with contextlib.suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGCONT)
+
+
+def end_after_parent(within_s: float) -> None:
+    """In a child: end this process `within_s` seconds after its parent has ended, whatever other threads do."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        time.sleep(within_s)
+        os._exit(1)
+
+    continue_when_parent_ends()
+    threading.Thread(target=watch, name="numballama parent", daemon=True).start()

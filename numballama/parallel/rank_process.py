@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 from .. import loader
+from ..host.child import continue_when_parent_ends
 from ..quantization import policy
 from .graph_json import load_graph
 from .rank_device import RankProgram, open_rank
@@ -138,6 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = Settings(**json.loads(arguments[0]))
     memory = RankMemory(settings.file, settings.sizes)
     messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    continue_when_parent_ends()
     threading.Thread(target=read_messages, args=(sys.stdin.buffer, messages), daemon=True).start()
     threading.Thread(target=beat, args=(memory, settings.rank), daemon=True).start()
     try:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from .. import loader
-from ..checkpoint import Checkpoint
 from ..errors import DeviceError
+from ..host.child import end_after_parent
 from .app import create_app
 from .link import Head, Link, SharedCounts, pack
 from .remote import ENGINE_GONE, Facts, RemoteEngine, RemoteModel
@@ -30,7 +28,7 @@ from .settings import Settings
 ERRORS_WITHIN_S = 2.0
 """Seconds for the answers to clients when the process with the engine has ended."""
 ENDED_WITHIN_S = 10.0
-"""Seconds after that until this process ends, whatever it does."""
+"""Seconds after that end until this process ends, whatever it does."""
 
 
 class HttpServer(Server):
@@ -41,7 +39,6 @@ class HttpServer(Server):
         super().__init__(server_config(app, address, settings.body_timeout_s), service)
         self._link, self._handoff = link, handoff
         handoff.setblocking(False)
-        self._checkpoint: Checkpoint | None = None
         self._latest: Head = {}
         """The latest news of the model."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,9 +120,8 @@ class HttpServer(Server):
         """Open the model's file, for all but its weights, and answer requests from now on."""
         facts = Facts(**news["ready"])
         try:
-            if self._checkpoint is None:
-                self._checkpoint = await self._service.run(loader.open_checkpoint, facts.path, facts.tokenizer)
-            model = await self._service.run(RemoteModel, self._checkpoint, facts, self._engine)
+            checkpoint = await self._service.run(loader.open_checkpoint, facts.path, facts.tokenizer)
+            model = await self._service.run(RemoteModel, checkpoint, facts, self._engine)
             if self._latest is not news:
                 return
             self._engine.facts, self._engine.failure = facts, None
@@ -134,7 +130,8 @@ class HttpServer(Server):
             log.error("the model's file could not be opened: %s", error, exc_info=error)
             self.should_exit = True
             return
-        gc.collect()
+        gc.unfreeze()
+        gc.collect()  # what is left of a model before
         gc.freeze()
         self._link.send(pack({"do": "ready"}))
 
@@ -146,13 +143,11 @@ class HttpServer(Server):
             self._service.unload(ENGINE_GONE)
             self._engine.fail(DeviceError(ENGINE_GONE))
             self._service.draining, self._deadline = True, time.monotonic() + ERRORS_WITHIN_S
-        end = threading.Timer(ENDED_WITHIN_S, os._exit, [1])
-        end.daemon = True
-        end.start()
 
 
 def main(link_file: int, handoff_file: int, counts_file: int, process: int, processes: int) -> None:
     """Serve until the process with the engine says so, or ends."""
+    end_after_parent(ENDED_WITHIN_S)
     link, handoff = Link(socket.socket(fileno=link_file), f"http-{process}"), socket.socket(fileno=handoff_file)
     first = link.receive_one()
     if first is None:

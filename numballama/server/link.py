@@ -7,11 +7,13 @@ engine and HTTP process, whatever the number of tokens. Only processes of one se
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import socket
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,6 +30,10 @@ _AT_ONCE = 1 << 18
 """Bytes that are read at a time."""
 _BUFFER = 4 << 20
 """Bytes that a socket is asked to hold."""
+_LOCKED_WITHIN_S = 0.05
+"""Seconds that a request waits to be counted: another process may have been stopped while it counted one."""
+_TRY_S = 0.0001
+"""Seconds between two tries."""
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 _ERRORS: dict[str, type[Exception]] = {
     each.__name__: each for each in (Error, UnsupportedError, DeviceError, ContextError, GrammarError)
@@ -158,12 +164,10 @@ def error_of(found: Sequence[str]) -> Exception:
 
 
 class SharedCounts(Counts):
-    """`Counts` in memory that processes share. Each writes numbers of its own, so there is no lock.
-
-    Two requests that arrive in the same microsecond may both be let in where there is a place for one.
-    """
+    """`Counts` in memory that processes share. Each writes numbers of its own."""
 
     def __init__(self, file: int, process: int, processes: int) -> None:
+        self._file = file
         self._map = mmap.mmap(file, self.size(processes))
         self._cells = memoryview(self._map).cast("q")
         self._process = process
@@ -176,6 +180,26 @@ class SharedCounts(Counts):
     def add(self, sequences: int, tokens: int) -> None:
         self._cells[2 * self._process] += sequences
         self._cells[2 * self._process + 1] += tokens
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """A block that one process at a time is in, unless one stays in it longer than others can wait.
+
+        The lock is the system's, which frees it when a process ends, however that was.
+        """
+        end = time.monotonic() + _LOCKED_WITHIN_S
+        while True:
+            with contextlib.suppress(OSError):  # another process has it
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() >= end:
+                yield
+                return
+            time.sleep(_TRY_S)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Use them no more."""

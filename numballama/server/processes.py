@@ -127,7 +127,7 @@ class HttpProcesses:
         words = [*map(str, files), str(index), str(count)]
         with theirs, far:
             process = subprocess.Popen(
-                [sys.executable, "-m", HTTP_PROCESS, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                [sys.executable, "-m", HTTP_PROCESS, *words], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 env=python_environment(), pass_fds=files, start_new_session=True,  # Ctrl-C is for this process
             )  # fmt: skip
         link = Link(ours, f"http-{index}-{process.pid}")
@@ -242,6 +242,8 @@ class HttpProcesses:
         code = each.process.wait()
         each.link.close()
         each.handoff.close()
+        if each.process.stdin is not None:
+            each.process.stdin.close()
         if each.thread is not None:
             each.thread.join()
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -52,6 +53,10 @@ class Counts:
         self._here[0] += sequences
         self._here[1] += tokens
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which no other process looks for a place or takes one. Here, there is no other process."""
+        return contextlib.nullcontext()
+
     @property
     def here(self) -> int:
         """Sequences of this process."""
@@ -87,12 +92,13 @@ class Admission:
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in. Raises `ApiError` 429 when the queue is full. One that comes alone is always let in."""
-        full = self.sequences >= self.limit
-        if full or (self.tokens and self.tokens + tokens > self.token_limit):
-            what = "requests" if full else "prompt tokens"
-            wait_s = 1 + min(self.sequences // self.slots, 59)
-            raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
-        return Ticket(self, sequences, tokens)
+        with self.counts.locked():
+            full = self.sequences >= self.limit
+            if not full and (not self.tokens or self.tokens + tokens <= self.token_limit):
+                return Ticket(self, sequences, tokens)
+        what = "requests" if full else "prompt tokens"
+        wait_s = 1 + min(self.sequences // self.slots, 59)
+        raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
 
 
 class Ticket:
@@ -131,6 +137,26 @@ class EngineProcess(Protocol):
         """What each process has counted, in Prometheus' text format."""
 
 
+class Texts:
+    """How a model writes conversations. Found once for each model: a reload may bring another one."""
+
+    def __init__(self, model: TextModel, template: str | None) -> None:
+        self._model, self._template = model, template
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """See `Service.chat_template`."""
+        try:
+            return self._model.chat_template(self._template)
+        except Error:
+            return None
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """See `Service.tool_format`."""
+        return choose_format(self.chat_template, self._model.require_tokenizer().special_tokens)
+
+
 class Service:
     """A model, once `ready` was called, and what the requests for it share. `counts`: those of all processes."""
 
@@ -149,6 +175,7 @@ class Service:
         """Why there is no model."""
         self.engine_process: EngineProcess | None = None
         self._model: TextModel | None = None
+        self._texts: Texts | None = None
         self._backend: MayFail | None = None
         self._engine: TextEngine | None = None
         self._counts = counts
@@ -178,12 +205,13 @@ class Service:
         engine.__enter__()
         if not self.metrics.begun:
             self.metrics.begin(settings.model_name or model.path.name)
+        self._texts = Texts(model, settings.chat_template)
         self._engine, self._model, self._backend = engine, model, model.backend
 
     def unload(self, why: str) -> None:
         """The model cannot be used any more: requests are answered with 503 and this reason until `ready`."""
         self._waits_for = why
-        engine, self._engine, self._model, self._backend = self._engine, None, None, None
+        engine, self._engine, self._model, self._texts, self._backend = self._engine, None, None, None, None
         if engine is not None:
             engine.__exit__(None, None, None)
 
@@ -211,9 +239,12 @@ class Service:
     @property
     def model(self) -> TextModel:
         """The model. Raises `ApiError` 503 while it is being loaded."""
-        if self._model is None:
+        return self._loaded(self._model)
+
+    def _loaded(self, found: T | None) -> T:
+        if found is None:
             raise ApiError(self._waits_for, 503, code="loading", retry_after=5)
-        return self._model
+        return found
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -222,18 +253,16 @@ class Service:
             raise ApiError("this model has no tokenizer: start the server with --tokenizer", 501, code="no_tokenizer")
         return tokenizer
 
-    @cached_property
+    @property
     def chat_template(self) -> str | None:
         """The source of the chat template that is used; None when the model has none that fits. Raises as `model`."""
-        try:
-            return self.model.chat_template(self.settings.chat_template)
-        except Error:
-            return None
+        return self._loaded(self._texts).chat_template
 
-    @cached_property
+    @property
     def tool_format(self) -> ToolFormat:
         """How the model writes tool calls and reasoning. Raises as `tokenizer`."""
-        return choose_format(self.chat_template, self.tokenizer.special_tokens)
+        _ = self.tokenizer
+        return self._loaded(self._texts).tool_format
 
     @property
     def name(self) -> str:

@@ -32,6 +32,8 @@ from numballama.cuda.kernels import sampling as sampling_kernels
 from numballama.cuda.ops import attention, linear, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32, WeightType
 from numballama.reference import ReferenceBackend
 from numballama.sampling import TEMPERATURE, SamplerTable, SamplingParams
 from numballama.session import Session
@@ -180,6 +182,22 @@ def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
     with bounds_of(reference):
         for step in range(len(program.plan.steps)):
             check_step(program, step, 2, reference, lambda step=step: program.run(2, step, step + 1))
+
+
+@pytest.mark.parametrize(("kind", "group", "columns"), [("int8", 512, 1024), ("q4_0", 0, 96), ("q6_k", 0, 256)])
+def test_small_activations(kind: str, group: int, columns: int) -> None:
+    """Those near the smallest float32 lose digits in fixed point, and do not become zeros."""
+    rng, graph = np.random.default_rng(0), Graph("small")
+    values = Weight((5, columns), F32, rng.standard_normal((5, columns), np.float32))
+    weights = {"w": convert(values, WeightType(kind, group))}
+    graph.outputs = [value.name for value in projections(graph, graph.input("x", (2, columns), "f32"), weights, "w")]
+    program, reference = cuda_backend.CudaBackend(weights).program(graph), ReferenceBackend(weights)
+    for small in ((1e-30, 1e-31), (1e-33, 1e-35)):
+        poison(program)
+        program.inputs["x"][:] = rng.standard_normal((2, columns)) * np.array(small)[:, None]
+        program.run_inputs.send(2, 1)
+        with bounds_of(reference):
+            check_step(program, 0, 2, reference, lambda: program.run(2))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

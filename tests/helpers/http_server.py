@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from numballama.engine.stats import EngineStats
 from numballama.model import Model
-from numballama.server.app import create_app
+from numballama.server.app import ALIASES, GETS, POSTS, create_app
 from numballama.server.engine_host import EngineHost
 from numballama.server.http_process import HttpServer
 from numballama.server.link import Head, Link, pack
@@ -25,6 +25,10 @@ from numballama.server.settings import Settings
 
 LONG = 60
 """Seconds that a test waits for what must happen. A busy machine is slow."""
+PATHS = [("GET", path.replace("{name:path}", "x")) for path in GETS] + [("POST", path) for path in POSTS]
+PATHS += [("GET" if path == "/models" else "POST", path) for path in ALIASES]
+LONG_TEXT: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
+"""A request for a completion that runs for a while."""
 
 
 def eventually(condition: Callable[[], Any], what: str = "it", within_s: float = LONG) -> None:

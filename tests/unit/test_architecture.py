@@ -355,9 +355,7 @@ TESTED_ELSEWHERE = {
     """,
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
-    "tests/unit/server/test_app.py: around every request": """
-        server.call server.generation server.guard server.settings
-    """,
+    "tests/unit/server/test_app.py: around every request": "server.call server.settings",
     "tests/unit/server/test_processes.py, test_engine_host.py: real processes, and both sides in one": """
         server.remote server.http_process
     """,

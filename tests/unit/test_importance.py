@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,17 @@ from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
 from numballama.errors import ContextError, Error
 from numballama.export import WRITERS
-from numballama.importance import FLOOR, OWN_TEXTS, OWN_TOKENS, inputs_of_weights, measure, own_text
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.importance import FLOOR, OWN_TEXTS, OWN_TOKENS, beginning, inputs_of_weights, measure, own_text
 from numballama.loader import open_checkpoint
 from numballama.model import Model
 from numballama.quantization.convert import dequantize
 from numballama.quantization.types import F32
 from numballama.sampling import SamplingParams
+from tests.helpers.bpe import real, save_json, trained
 from tests.helpers.command_line import call
+from tests.helpers.random_models import random_checkpoint
 
 STORY = Path(numballama.__file__).parent / "story.gguf"
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park.\n" * 3
@@ -98,10 +103,49 @@ def test_a_model_with_no_text_of_its_own(model: Model, monkeypatch: pytest.Monke
     monkeypatch.setattr("numballama.importance.SamplingParams", ends)
     with pytest.raises(Error, match=r"it ends every text at once; .*--calibrate"):
         own_text(model)
-    monkeypatch.setattr(model.tokenizer, "bos_id", None)
-    monkeypatch.setattr(model.tokenizer, "add_bos", False)
-    with pytest.raises(Error, match=r"its tokenizer has no BOS.*--calibrate"):
-        own_text(model)
+
+
+def qwen2_file(folder: Path) -> Path:
+    """A random model in GGUF with Qwen2's special tokens: no BOS, and EOS is the end of a turn."""
+    beside = {"eos_token": "<|im_end|>", "add_bos_token": False}
+    tokenizer = load_tokenizer(save_json(folder, trained("qwen2"), beside))
+    config = ModelConfig(256, 256, 1, 4, 4, tokenizer.vocab_size, 128, tied_embeddings=False)
+    write_gguf(folder / "qwen2.gguf", config, random_checkpoint(config, 0).weights, tokenizer=tokenizer)
+    return folder / "qwen2.gguf"
+
+
+def test_a_model_without_bos_begins_after_the_token_between_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = qwen2_file(tmp_path)
+    with numballama.compile(source, device="cpu", max_sequences=OWN_TEXTS, context=128) as model:
+        assert model.tokenizer is not None and model.tokenizer.bos_id is None
+        assert list(map(model.tokenizer.piece, beginning(model.tokenizer))) == ["<|endoftext|>"]
+        assert own_text(model).strip()
+    for name, more in (("plain", ("--no-calibrate",)), ("own", ())):
+        done = call(capsys, "export", source, tmp_path / name, "--to", "gguf", "--dtype", "q4_k", *more)
+        assert done.code == 0 and "all inputs count alike" not in done.err, done.err
+    assert (tmp_path / "own").read_bytes() != (tmp_path / "plain").read_bytes()
+
+
+def test_where_a_text_begins(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With BOS if there is one, with EOS if there is no other separator, and with a newline if there is nothing."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None and beginning(tokenizer) == [tokenizer.bos_id]
+    monkeypatch.setattr(tokenizer, "bos_id", tokenizer.usable)  # a token that the model has no row for
+    assert beginning(tokenizer) == [tokenizer.eos_id]
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    monkeypatch.setattr(tokenizer, "eos_id", None)
+    assert tokenizer.decode(beginning(tokenizer)) == "\n"
+
+
+def test_where_qwens_texts_begin() -> None:
+    """Base and instruct models have the same separator, whatever their EOS is."""
+    if (path := real("qwen2_5")) is None:
+        pytest.skip("needs qwen2_5's tokenizer")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.bos_id is None and tokenizer.eos_id == 151645
+    assert beginning(tokenizer) == [151643]
 
 
 def test_the_output_is_closer(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +187,36 @@ def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
             name == "own"
         ), done.err
     assert (tmp_path / "own").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "what"),
+    [
+        ("q5_0", "m.gguf", "its rows of 40 elements are not a whole number of blocks of 32"),
+        ("q4_k", "none/m.gguf", "there is no folder"),
+        ("q4_k", "m.bin", "is what is read, and would be lost"),
+    ],
+)
+def test_what_cannot_be_written_is_not_measured(
+    dtype: str,
+    target: str,
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To run a large model takes minutes."""
+
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("it runs the model")
+
+    monkeypatch.setattr("numballama.importance.measure", measured)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = ModelConfig(dim=40, hidden_dim=64, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=64, context=64)
+    WRITERS["llama2c-v1"](tmp_path / "m.bin", config, random_checkpoint(config, 0).weights)
+    words = ("--to", "gguf", "--dtype", dtype, "--calibrate", tmp_path / "text.txt")
+    done = call(capsys, "export", tmp_path / "m.bin", tmp_path / target, *words)
+    assert done.code == 1 and what in done.err, done.err
 
 
 def test_calibration_is_for_types_that_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,16 @@ def is_ended(looks, stop):
 
 
 @device
+def wait_for_word(place, stop):
+    """The bits of the number at a place, once it has come. `EMPTY` if it is waited for no longer."""
+    bits, looks = ld_relaxed_u32(place), 0
+    while bits == EMPTY and not is_ended(looks, stop):
+        looks += 1
+        bits = ld_relaxed_u32(place)
+    return bits
+
+
+@device
 def send(link, i, a):
     """Send number i to all other ranks."""
     inbox_at, slot, _, peers, _, rank, ranks = link
@@ -81,13 +91,9 @@ def add_up(link, i, a):
     for other in range(ranks):
         p = a
         if other != rank:
-            place, looks = own + inbox_at + other * slot + 4 * i, 0
-            bits = ld_relaxed_u32(place)
-            while bits == EMPTY and not is_ended(looks, stop):
-                looks += 1
-                bits = ld_relaxed_u32(place)
+            place = own + inbox_at + other * slot + 4 * i
+            p = uint_as_float(wait_for_word(place, stop))
             st_global_u32(place, EMPTY)
-            p = uint_as_float(bits)
         total = p if other == 0 else total + p
     return total
 
@@ -149,9 +155,8 @@ def wait_for_first(link, at):
     inbox_at, slot, own, _, stop, rank, ranks = link
     if cuda.threadIdx.x & 31 == 0:
         for other in range(ranks):
-            place, looks = own + inbox_at + other * slot + at, 0
-            while other != rank and ld_relaxed_u32(place) == EMPTY and not is_ended(looks, stop):
-                looks += 1
+            if other != rank:
+                wait_for_word(own + inbox_at + other * slot + at, stop)
     cuda.syncwarp()
 
 
@@ -262,9 +267,7 @@ def add_up_rows(link, token, row0, row1, end, rows, out):
     inbox_at, slot, own, _, stop, rank, ranks = link
     here0, here1 = row0 < end, row1 < end
     if here0 and cuda.threadIdx.x & 31 == 0:
-        first, looks = own + inbox_at + ranks * slot + place_of_rows(token, row0, rows), 0
-        while ld_relaxed_u32(first) == EMPTY and not is_ended(looks, stop):
-            looks += 1
+        wait_for_word(own + inbox_at + ranks * slot + place_of_rows(token, row0, rows), stop)
     cuda.syncwarp()
     place0 = own + inbox_at + place_of_rows(token, row0, rows)
     place1 = own + inbox_at + place_of_rows(token, row1, rows)

@@ -5,18 +5,21 @@ follows their description in NVIDIA's PTX ISA, not the assumptions of a kernel.
 
 What it emulates: the threads of a block, or of several that need not wait for each other, as elements of arrays, each
 register being one array. Where threads diverge, those with the lowest program counter run first, which lets them meet
-again. It is strict where a GPU is lenient: loads
-must be aligned and inside an allocation, shared memory begins as NaNs, asynchronous copies arrive no sooner than they
-are waited for, and warps must be whole at instructions that need whole warps. Not emulated: races between threads, and
-timing.
+again. It is strict where a GPU is lenient: loads must be aligned and inside an allocation, shared memory begins as
+NaNs, asynchronous copies arrive no sooner than they are waited for, and warps must be whole at instructions that need
+whole warps. Not emulated: races between threads, and timing.
 
-`program.py` parses PTX and holds global memory; `block.py` executes a block; `wgmma.py` has a warpgroup's products;
-`barriers.py` has named barriers and mbarriers; `cluster.py` runs the blocks of a cluster.
+`program.py` parses PTX and holds global memory; `cluster.py` runs the blocks of a cluster, and `block.py` a block:
+which threads go on, and where. `threads.py` has their registers and how operands are read. Instructions are in
+`arithmetic.py` (results from registers), `memory_access.py` (loads and stores), `copies.py` (asynchronous copies and
+mbarriers) and `warps.py` (shuffles, tensor cores). `barriers.py` has the state of named barriers and mbarriers,
+`wgmma.py` that of a warpgroup's products.
 
-To add an instruction: one that computes a result from operands of one type goes to `OPERATIONS` in `block.py`, under
-the first part of its opcode. Any other is a method `_<first part of the opcode>(modifiers, operands, mask)` of `Block`:
-`modifiers` are the other parts of the opcode, `operands` the operands as text, with tuples for braces, and `mask` tells
-which threads execute it. Read operands by `_value(operand, type)`, write the result by `_set(register, array, mask)`.
+To add an instruction: one that computes a result from operands of one type goes to `OPERATIONS` in `arithmetic.py`,
+under the first part of its opcode. Any other is a method `_<first part of the opcode>(modifiers, operands, mask)` of
+its file's class: `modifiers` are the other parts of the opcode, `operands` the operands as text, with tuples for
+braces, and `mask` tells which threads execute it. Read operands by `_value(operand, type)`, write the result by
+`_set(register, array, mask)`.
 """
 
 from __future__ import annotations

@@ -437,11 +437,11 @@ def test_rank_0_that_fails_alone_ends_the_others(open_ranks: Callable[..., Opene
         program.run(1)
 
 
-@pytest.mark.parametrize("moment", ["idle", "run"])
+@pytest.mark.parametrize("moment", ["idle", "run", "stopped"])
 def test_ranks_end_with_rank_0(moment: str) -> None:
     """Killed, it can tell nobody. Ranks that wait for it in a kernel must not wait for ever."""
     code = """
-import json, os, sys, threading, time
+import json, os, signal, sys, threading, time
 from numballama import loader
 from numballama.graph import KVLayout, build
 from numballama.parallel.processes import ProcessBackend
@@ -456,6 +456,8 @@ if __name__ == "__main__":
         backend.group.command(Kind.RUN, 0, 1, 1, Until.END, data={})  # without rank 0: rank 1 waits in a kernel
         time.sleep(0.5)
         assert backend.group.memory.done[1, 0] < backend.group._task.number
+    if sys.argv[1] == "stopped":
+        os.kill(backend.group.processes[0].pid, signal.SIGSTOP)
     print(json.dumps([process.pid for process in backend.group.processes]), flush=True)
     os._exit(0)
 """

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +16,12 @@ from typing import Any
 import pytest
 
 from numballama.errors import ContextError, DeviceError, Error, FormatError, UnsupportedError
+from numballama.server import link
+from numballama.server.errors import ApiError
 from numballama.server.link import Link, SharedCounts, error_as_json, error_of, pack
+from numballama.server.service import Admission
 from numballama.structured.constraint import GrammarError
+from tests.helpers.http_server import LONG
 
 
 @pytest.fixture
@@ -131,3 +139,97 @@ def test_counts_of_processes() -> None:
     for each in (one, two):
         each.close()
     os.close(file)
+
+
+LOOKS = """
+import sys
+from numballama.server.errors import ApiError
+from numballama.server.link import SharedCounts
+from numballama.server.service import Admission
+
+class Slow(SharedCounts):
+    @property
+    def sequences(self):
+        found = super().sequences
+        print("looks", flush=True)
+        sys.stdin.readline()
+        return found
+
+try:
+    Admission(1, 1, 100, Slow(int(sys.argv[1]), 1, 2)).enter(1, 10)
+    print("entered", flush=True)
+except ApiError:
+    print("refused", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def one_that_looks() -> Iterator[tuple[Admission, subprocess.Popen[str]]]:
+    """A queue with one place, and another process that has looked for it and not yet been counted."""
+    file = os.memfd_create("counts")
+    os.ftruncate(file, SharedCounts.size(2))
+    command = [sys.executable, "-c", LOOKS, str(file)]
+    counts = SharedCounts(file, 0, 2)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[file]) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "looks\n"
+            yield Admission(1, 1, 100, counts), other
+        finally:
+            other.kill()
+            counts.close()
+            os.close(file)
+
+
+def tell(other: subprocess.Popen[str]) -> str:
+    """Let it go on, and return what it says."""
+    assert other.stdin is not None and other.stdout is not None
+    other.stdin.write("\n")
+    other.stdin.flush()
+    return other.stdout.readline()
+
+
+class Entering(threading.Thread):
+    """A thread that asks for a place."""
+
+    def __init__(self, admission: Admission) -> None:
+        super().__init__(daemon=True)
+        self.admission, self.found = admission, ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.admission.enter(1, 10)
+            self.found = "entered"
+        except ApiError as error:
+            self.found = str(error.code)
+
+
+@pytest.mark.slow
+def test_one_process_takes_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for a place and to take it is one step for others."""
+    monkeypatch.setattr(link, "_LOCKED_WITHIN_S", LONG)
+    with one_that_looks() as (admission, other):
+        second = Entering(admission)
+        second.join(0.3)
+        assert not second.found
+        assert tell(other) == "entered\n"
+        second.join(LONG)
+        assert second.found == "queue_full"
+        assert admission.sequences == 1 and admission.tokens == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_ends_while_it_looks_holds_up_nobody(
+    how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that is stopped, for long."""
+    with one_that_looks() as (admission, other):
+        other.send_signal(how)
+        if how == signal.SIGKILL:
+            monkeypatch.setattr(link, "_LOCKED_WITHIN_S", float("inf"))
+            other.wait(LONG)
+        second = Entering(admission)
+        second.join(LONG)
+        assert second.found == "entered"

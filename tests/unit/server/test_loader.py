@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -26,7 +27,8 @@ from numballama.server import loader
 from numballama.server.loader import FIRST_PAUSE_S, LONGEST_PAUSE_S, WATCH_S, ModelLoader
 from numballama.server.service import DRAINING, Service
 from numballama.server.settings import Settings
-from tests.helpers.http_server import LONG, Answered, Running, eventually, serving
+from tests.helpers.bpe import chat_model
+from tests.helpers.http_server import LONG, Answered, Linked, Running, Serving, eventually, serving, serving_linked
 from tests.helpers.processes import is_alive
 
 pytestmark = pytest.mark.slow
@@ -139,6 +141,31 @@ def test_a_load_that_fails_is_tried_again(ranks: list[ProcessBackend], server: R
     assert (
         second == "the model could not be loaded again, and the server tries it again within 0.05 s: the card is busy"
     )
+
+
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_a_reload_may_bring_another_model(serve: Serving, model: Model, tmp_path: Path) -> None:
+    """Its file may have been replaced: requests then have its tokenizer, template and limits, in all processes."""
+    template = "{{ messages[0].content }}"
+
+    def look() -> tuple[Any, ...]:
+        """What answers show of the tokenizer, the template and the limits."""
+        info, tokens = server.get("/tokenizer_info").json, server.post("/tokenize", {"prompt": "Once upon"}).json
+        again = server.post("/detokenize", {"tokens": tokens["tokens"]}).json["prompt"]
+        return info["vocab_size"], info["chat_template"] == template, tokens["max_model_len"], again
+
+    with numballama.compile(chat_model(tmp_path, template=template), device="cpu", threads=1, context=24) as other:
+        assert other.tokenizer is not None and other.tokenizer.vocab_size != model.config.vocab_size
+        with serve(model) as server:
+            assert look() == (model.config.vocab_size, False, model.context, "Once upon")
+            service = server.host if isinstance(server, Linked) else server.service
+            service.unload("the device is tired")
+            service.ready(other)
+            eventually(lambda: server.get("/health").status == 200, "the other model")
+            assert look() == (other.tokenizer.vocab_size, True, 24, "Once upon")
+            chat = {"messages": [{"role": "user", "content": "Once upon"}], "max_tokens": 1}
+            found = server.post("/v1/chat/completions", chat).json["usage"]["prompt_tokens"]
+            assert found == len(other.tokenizer.encode("Once upon"))
 
 
 def test_the_first_load_that_fails_is_told(server: Running) -> None:

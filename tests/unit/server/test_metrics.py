@@ -1,4 +1,4 @@
-"""Figures of several servers in one text. Those of one server are compared in `test_app.py`."""
+"""Figures of several servers in one text. Those of one server are compared in `test_generation.py`."""
 
 from __future__ import annotations
 

@@ -135,6 +135,15 @@ def test_processes_that_are_killed() -> None:
 
 
 @pytest.mark.slow
+def test_a_process_that_is_stopped_ends_with_the_engine() -> None:
+    with process(*TWO) as (started, _, _):
+        workers = children_of(started.pid)
+        os.kill(workers[0], signal.SIGSTOP)
+        started.kill()
+        eventually(lambda: not any(map(is_alive, workers)), "the end of all processes")
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is stopped answers nobody, and would keep each second connection. The other one goes on."""
     found: list[processes.HttpProcesses] = []

@@ -1,4 +1,4 @@
-"""Where work is done. What else the service does is tested with the application, in `test_app`."""
+"""Where work is done. What else the service does, `test_app` and `test_generation` test with the application."""
 
 from __future__ import annotations
 
