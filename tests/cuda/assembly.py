@@ -173,12 +173,12 @@ def assemble_ranks() -> set[str]:
                 graph = graph_of(config, weights, KVLayout.of(config, config.context), tokens)
                 program = backend.program(shard(graph, own, shares, rank, *exchange).graph, fusions)
                 ops |= {step.op.kind for step in program.plan.steps}
+        backend.prepare(program)
         assert backend.peers is not None
         link: Any = object()  # NCCL, which is not called
         backend.join(replace(backend.peers, communicator=link))
         graph = graph_of(config, weights, KVLayout.of(config, config.context), 3, "all")
         backend.program(shard(graph, own, shares, rank, *exchange).graph)
-        backend.prepare(program)
         backend.close()
         memory[rank].free()
     return ops

@@ -41,7 +41,7 @@ STACK = {
     "linear_kernel": {"9.0": 16, "8.0": 56, "7.5": 40},
     "gate_up_kernel": {"9.0": 32, "8.0": 64, "7.5": 48},
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
-    "qkv_rope_kernel": {"9.0": 72, "8.0": 40, "7.5": 16},
+    "qkv_rope_kernel": {"9.0": 72, "8.0": 48, "7.5": 16},
     # for older cards the assembler keeps more values than there are registers
     "attention_grouped_kernel": {"8.0": 184, "7.5": 184},
     "attention_single_kernel": {"8.0": 88, "7.5": 88},
