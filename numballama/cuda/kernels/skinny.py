@@ -45,13 +45,14 @@ from ..intrinsics import (
     ld_shared_v2_u32,
     ld_shared_v4_f32,
     ld_shared_v4_u32,
+    mad_wide,
     no_unroll,
     s32,
     shared_address,
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
 from ..quant_traits import has_mins, has_scales, is_q4_1, is_q5_k, is_q6_k, scale_bytes
-from .common import add4, device, launch_bounds, prefetch_norm
+from .common import add4, device, launch_bounds
 from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k, record_bytes
 from .params import SKINNY_FUSED_UNITS as FUSED_UNITS
 from .params import SKINNY_PLANE_BYTES as PLANE
@@ -60,7 +61,7 @@ from .params import SKINNY_STEP_BYTES as STEP_BYTES
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_UNITS as UNITS
 from .params import SKINNY_WARPS as WARPS
-from .skinny_x import round_x, stage_x
+from .skinny_x import norm_of_slice, round_x, stage_x
 
 HIGH_AT = 3 * PLANE
 """Byte offset of the upper bits of q5_k and q6_k after a stage's payload."""
@@ -94,9 +95,9 @@ def rows_of(paired, group, rows, kv_rows, weights, scales):
     row = s32(first + (lane >> 2))
     other_row = s32(row + third)
     return (
-        base + s32(min(row, last)) * stride, base + s32(min(s32(row + 8), last)) * stride,
-        other + s32(min(other_row, last)) * stride, other + s32(min(s32(other_row + 8), last)) * stride,
-        scale_base + s32(min(s32(first + mine), last)) * scale_stride,
+        mad_wide(min(row, last), stride, base), mad_wide(min(s32(row + 8), last), stride, base),
+        mad_wide(min(other_row, last), stride, other), mad_wide(min(s32(other_row + 8), last), stride, other),
+        mad_wide(min(s32(first + mine), last), scale_stride, scale_base),
     )  # fmt: skip
 
 
@@ -185,8 +186,8 @@ def wait_for_step(stages):
 
 @device
 def load_row(slot, payload, scales, number):
-    """This lane's part of a row from a stage, as `mma_step` wants it: of row lane / 4 + 8 · `number` of the warp. `slot`
-    is the shared address of the lane's 16 bytes of the first row.
+    """This lane's part of a row from a stage, as `mma_step` wants it: of row lane / 4 + 8 · `number` of the warp.
+    `slot` is the shared address of the lane's 16 bytes of the first row.
     """
     lane = s32(cuda.threadIdx.x & 31)
     t, g, zero = s32(lane & 3), s32(lane >> 2), np.uint32(0)
@@ -241,7 +242,7 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
     lane, warp = s32(cuda.threadIdx.x & 31), s32(cuda.threadIdx.x >> 5)
     k_warps, row_warps = s32(1 << log2_k_warps), s32(WARPS >> log2_k_warps)
     k_warp, row_warp = s32(warp & (k_warps - 1)), s32(warp >> log2_k_warps)
-    pieces, slot_bytes, tiles = pieces_of(w0), s32(slot_bytes), s32(tiles)
+    pieces, slot_bytes, stages, tiles = pieces_of(w0), s32(slot_bytes), s32(stages), s32(tiles)
     x_row = s32(slice_steps * (64 * pieces))
     x_at = s32(shared_address(shared, 0))
     ring_at = s32(x_at + 8 * units * x_row)
@@ -270,11 +271,15 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
         no_unroll()
         cursor = fetch_step(cursor, place, slot, w0, s0, bases, scale_bases, shape)
         slot = s32(slot + slot_bytes)
-    first_column = first_step * (32 * pieces)
-    prefetch_norm(norm, normed, first_column, min(columns, first_column + slice_steps * (32 * pieces)))
+    first_column = s32(first_step * (32 * pieces))
+    zero = np.float32(0)
+    eight = zero, zero, zero, zero, zero, zero, zero, zero
+    norms = eight, eight, eight, eight
+    if units <= FUSED_UNITS:
+        norms = norm_of_slice(norm, normed, first_column, s32(x_row >> 4), columns)
     griddepcontrol_wait()
     if units <= FUSED_UNITS:
-        round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, count, 8 * units, first_column,
+        round_x(x, norms, normed, rounded, scales, squares, capacity, first_token, count, 8 * units, first_column,
                 columns, x_row, w0, x_at)  # fmt: skip
     else:
         stage_x(rounded, padded, first_token, count, 8 * units, first_column, x_row, w0, x_at)

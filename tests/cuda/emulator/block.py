@@ -428,6 +428,12 @@ class Block:
         other = (lanes & ~31) | inside
         self._set(to, self._value(operands[1], "b32")[other], mask)
 
+    def _redux(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert modifiers == ["sync", "max", "s32"] and int(operands[2], 0) == 0xFFFFFFFF, modifiers
+        self._whole_warps(mask)
+        largest = self._value(operands[1], "s32").reshape(-1, 32).max(axis=1)
+        self._set(operands[0], np.repeat(largest, 32), mask)
+
     def _whole_warps(self, mask: np.ndarray) -> None:
         warps = mask.reshape(-1, 32)
         assert (warps.all(axis=1) | ~warps.any(axis=1)).all(), "a warp that is not whole"
