@@ -147,6 +147,20 @@ def round_slice(where, left, norms, normed, even, squares_wanted, rounded, piece
 
 
 @device
+def round_short_slice(where, left, norms, normed, squares_wanted, rounded, pieces):
+    """`round_slice` of up to two pieces per lane, in rows of whole groups of four: the same bits."""
+    v0, v1 = piece_at(where, left), piece_at(where + 1024, s32(left - 256))
+    squares = np.float32(0)
+    if squares_wanted:
+        squares = squared8(v0) + squared8(v1)
+    if normed:
+        v0, v1 = times8(v0, norms[0]), times8(v1, norms[1])
+    largest = max_magnitude(largest8(v0), largest8(v1))
+    up, down = scales_for(redux_max_s32(np.int32(float_as_uint(largest))))
+    return (rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces)), down, squares
+
+
+@device
 def put_words(rounded, at, padded_left, words, here):
     """Write a piece to global memory, if it is `here`."""
     if here and padded_left > 0:
@@ -300,15 +314,18 @@ def round_x(x, norms, normed, rounded, scales, squares, capacity, first_token, t
     while n < rows:
         no_unroll()
         t = s32(first_token + n)
-        words, down, total = round_slice(
-            address(x, mad_wide(t, columns, k)), in_slice if t < tokens else s32(0), norms, normed, even, leads,
-            rounded, pieces,
-        )  # fmt: skip
+        where, left = address(x, mad_wide(t, columns, k)), in_slice if t < tokens else s32(0)
         at = s32(shared_at + n * row_bytes + place_of(lane, n, pieces))  # 32 further in the row are 512 bytes further
-        put_shared(at, lane < row_pieces, words[0])
-        put_shared(s32(at + 512), lane + 32 < row_pieces, words[1])
-        put_shared(s32(at + 1024), lane + 64 < row_pieces, words[2])
-        put_shared(s32(at + 1536), lane + 96 < row_pieces, words[3])
+        if row_pieces <= 64 and even:
+            two, down, total = round_short_slice(where, left, norms, normed, leads, rounded, pieces)
+            put_shared(at, lane < row_pieces, two[0])
+            put_shared(s32(at + 512), s32(lane + 32) < row_pieces, two[1])
+        else:
+            four, down, total = round_slice(where, left, norms, normed, even, leads, rounded, pieces)
+            put_shared(at, lane < row_pieces, four[0])
+            put_shared(s32(at + 512), s32(lane + 32) < row_pieces, four[1])
+            put_shared(s32(at + 1024), s32(lane + 64) < row_pieces, four[2])
+            put_shared(s32(at + 1536), s32(lane + 96) < row_pieces, four[3])
         if leads:
             total = warp_sum(total)
             if lane == 0 and t < tokens:
@@ -319,11 +336,16 @@ def round_x(x, norms, normed, rounded, scales, squares, capacity, first_token, t
 @device
 def stage_x(x, padded, first_token, tokens, rows, first_column, row_bytes, payload, shared_at):
     """Start copying the block's columns of `rows` rounded tokens to shared memory, zeros for what is missing."""
-    lane, pieces = cuda.threadIdx.x & 31, pieces_of(payload)
-    for n in range(cuda.threadIdx.x >> 5, rows, WARPS):
+    lane, pieces, row_pieces = s32(cuda.threadIdx.x & 31), pieces_of(payload), s32(row_bytes >> 4)
+    k, n = s32(first_column + 8 * lane), s32(cuda.threadIdx.x >> 5)
+    while n < rows:
         no_unroll()
-        source = address(x, (first_token + n) * padded + first_column)
-        for i in range(lane, row_bytes >> 4, 32):
+        t = s32(first_token + n)
+        source, left = address(x, mad_wide(t, padded, k)), s32(padded - k) if t < tokens else s32(0)
+        to, i = s32(shared_at + n * row_bytes + place_of(lane, n, pieces)), lane
+        while i < row_pieces:
             no_unroll()
-            here = first_token + n < tokens and first_column + 8 * i < padded
-            cp_async_16(shared_at + n * row_bytes + place_of(i, n, pieces), source + 16 * i, 16 if here else 0)
+            cp_async_16(to, source, left)
+            i, to, left = s32(i + 32), s32(to + 512), s32(left - 256)
+            source += 512
+        n = s32(n + WARPS)
