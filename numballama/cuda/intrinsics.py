@@ -223,6 +223,30 @@ def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def cvt_f32_u8(typingctx, word):  # type: ignore[no-untyped-def]
+    """cvt.rn.f32.u8: the lowest byte of a word as float32. Numba makes uint32 & uint32 a uint64, whose conversion is
+    slow.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.u8 $0, $1;", "=f,r")
+        return builder.call(asm, args)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def half_word(typingctx, word, odd):  # type: ignore[no-untyped-def]
+    """A word with its upper half below if `odd` is 1, the word itself if it is 0; the result's lower half is meant."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number = as_integer(context, builder, args[1], odd, types.uint32)
+        return builder.lshr(args[0], builder.shl(number, ir.Constant(I32, 4)))
+
+    return types.uint32(types.uint32, odd), codegen
+
+
+@intrinsic
 def max_magnitude(typingctx, a, b):  # type: ignore[no-untyped-def]
     """max.f32 of |a| and |b|, the other one if one is NaN."""
 

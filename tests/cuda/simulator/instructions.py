@@ -279,6 +279,8 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ex2_approx": lambda x: np.exp2(np.float32(x)),
     "div_full": lambda a, b: np.float32(a) / np.float32(b),
     "rsqrt_approx": lambda x: np.float32(1) / np.sqrt(np.float32(x)),
+    "cvt_f32_u8": lambda word: np.float32(int(word) & 255),
+    "half_word": lambda word, odd: np.uint32(int(word) >> 16 * int(odd)),
     "cvt_f32_s8": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
     "per_16_bytes": lambda memory: _PER_16[memory.kind],
     "has_scales": lambda memory: memory.kind in ("int8", "uint8", *PACKED),
