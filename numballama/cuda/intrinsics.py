@@ -120,16 +120,20 @@ def s32(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def mul_wide_s32(typingctx, a, b):  # type: ignore[no-untyped-def]
-    """mul.wide.s32: the product of two int32 as int64, in one instruction. Where one of them has been extended to int64
-    before a loop, `a * b` takes four.
+def mad_wide_s32(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """mad.wide.s32: a · b + c of two int32 and an int64, one instruction. Of `b` that a loop keeps in 64 bits, `a * b`
+    takes three.
     """
+    if not all(isinstance(each, types.Integer) for each in (a, b, c)):
+        return None
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(I64, [I32] * 2), "mul.wide.s32 $0, $1, $2;", "=l,r,r")
-        return builder.call(asm, args)
+        kinds = types.int32, types.int32, types.int64
+        values = [as_integer(context, builder, *each) for each in zip(args, signature.args, kinds, strict=True)]
+        asm = ir.InlineAsm(ir.FunctionType(I64, [I32, I32, I64]), "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l")
+        return builder.call(asm, values)
 
-    return types.int64(types.int32, types.int32), codegen
+    return types.int64(a, b, c), codegen
 
 
 @intrinsic
@@ -216,6 +220,56 @@ def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
         return builder.call(asm, args)
 
     return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def cvt_f32_u8(typingctx, word):  # type: ignore[no-untyped-def]
+    """cvt.rn.f32.u8: the lowest byte of a word as float32. Numba makes uint32 & uint32 a uint64, whose conversion is
+    slow.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.u8 $0, $1;", "=f,r")
+        return builder.call(asm, args)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def half_word(typingctx, word, odd):  # type: ignore[no-untyped-def]
+    """A word with its upper half below if `odd` is 1, the word itself if it is 0; the result's lower half is meant."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number = as_integer(context, builder, args[1], odd, types.uint32)
+        return builder.lshr(args[0], builder.shl(number, ir.Constant(I32, 4)))
+
+    return types.uint32(types.uint32, odd), codegen
+
+
+@intrinsic
+def max_magnitude(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """max.f32 of |a| and |b|, the other one if one is NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        text = "{.reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.f32 $0, a, b;}"
+        return builder.call(ir.InlineAsm(ir.FunctionType(F32, [F32, F32]), text, "=f,f,f"), args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def redux_max_s32(typingctx, x):  # type: ignore[no-untyped-def]
+    """redux.sync.max.s32: maximum of an int32 over the 32 lanes, in every lane; shuffles before sm_80."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if compiling_for() >= (8, 0):
+            return call_asm(builder, I32, "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", args)
+        step = "shfl.sync.bfly.b32 b, a, {0}, 31, 0xffffffff; max.s32 a, a, b;"
+        steps = " ".join(step.format(16 >> i) for i in range(5))
+        text = "{.reg .s32 a, b; mov.b32 a, $1; " + steps + " mov.b32 $0, a;}"
+        return call_asm(builder, I32, text, "=r,r", args)
+
+    return types.int32(types.int32), codegen
 
 
 @intrinsic
@@ -371,6 +425,35 @@ prefetch_l2 = instruction("prefetch.global.L2 [$0];", "l")
 
 ld_global_v4_u32 = load("ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "r", 4)
 """ld_global_v4_u32(address): four words from a 16-byte aligned global address."""
+
+
+def _load_or_0(count: int) -> Any:
+    """Load of float32 from a global address, zeros without reading it unless `left` is positive: without a branch."""
+    to = [f"${i}" for i in range(count)]
+    zeros = " ".join(f"mov.f32 {each}, 0f00000000;" for each in to)
+    names = f"{{{', '.join(to)}}}" if count > 1 else to[0]
+    text = f"{{.reg .pred p; setp.gt.s32 p, ${count + 1}, 0; {zeros} @p ld.global{'.v4' * (count > 1)}.f32 {names}, "
+    text += f"[${count}];}}"
+    result = FLOATS4 if count > 1 else types.float32
+
+    def typing(typingctx, where, left):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = ir.LiteralStructType([F32] * count) if count > 1 else F32
+            values = [args[0], as_integer(context, builder, args[1], left, types.int32)]
+            found = call_asm(builder, kind, text, ",".join(["=&f"] * count) + ",l,r,~{memory}", values)
+            if count == 1:
+                return found
+            return context.make_tuple(builder, result, [builder.extract_value(found, i) for i in range(count)])
+
+        return result(types.int64, left), codegen
+
+    return intrinsic(typing)
+
+
+ld_global_v4_f32_or_0, ld_global_f32_or_0 = _load_or_0(4), _load_or_0(1)
+"""ld_global_v4_f32_or_0(address, left): four float32 from a 16-byte aligned global address, or zeros unless `left` is
+positive. The other loads one.
+"""
 
 
 @intrinsic

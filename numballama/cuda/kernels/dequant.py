@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, ld_global_u32
+from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, cvt_f32_u8, half_word, ld_global_u32
 from ..quant_traits import has_mins, is_packed, is_q4_1, is_q5_k, is_q6_k, scale_bytes, scale_word
 from .common import device
 
@@ -43,9 +43,9 @@ def factors_of(payload, scale_mins, odd, d_dmin):
     second one if `odd`. `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
     """
     if has_mins(payload):
-        half, byte = scale_mins >> (np.uint32(16) if odd else np.uint32(0)), np.uint32(255)
-        scale = cvt_f32_f16(d_dmin) * np.float32(half & byte)
-        block_min = -cvt_f32_f16(d_dmin >> np.uint32(16)) * np.float32((half >> np.uint32(8)) & byte)
+        half = half_word(scale_mins, odd)
+        scale = cvt_f32_f16(d_dmin) * cvt_f32_u8(half)
+        block_min = -cvt_f32_f16(d_dmin >> np.uint32(16)) * cvt_f32_u8(half >> np.uint32(8))
     else:
         scale, block_min = cvt_f32_f16(scale_mins), cvt_f32_f16(scale_mins >> np.uint32(16))
     return scale, block_min
@@ -58,7 +58,7 @@ def factors_q6_k(scales, odd, d_word):
     `scales` is the word with the scales of two such runs of 32; this run is the second one if `odd`. `d_word` is the
     word with d of their superblock.
     """
-    half, d = scales >> (np.uint32(16) if odd else np.uint32(0)), cvt_f32_f16(d_word)
+    half, d = half_word(scales, odd), cvt_f32_f16(d_word)
     return d * cvt_f32_s8(half), d * cvt_f32_s8(half >> np.uint32(8))
 
 

@@ -31,7 +31,7 @@ from ..intrinsics import (
     float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
-    mul_wide_s32,
+    mad_wide_s32,
     no_unroll,
     s32,
     shared_address,
@@ -92,8 +92,8 @@ def source_of(mode, pair, rows, weights, scales):
     if mode == GATE_UP:
         base_b, scale_base_b = w1, s1
     return (
-        base + mul_wide_s32(a, stride), base_b + mul_wide_s32(b, stride), scale_base + mul_wide_s32(a, scale_stride),
-        scale_base_b + mul_wide_s32(b, scale_stride),
+        mad_wide_s32(a, stride, base), mad_wide_s32(b, stride, base_b), mad_wide_s32(a, scale_stride, scale_base),
+        mad_wide_s32(b, scale_stride, scale_base_b),
     )  # fmt: skip
 
 

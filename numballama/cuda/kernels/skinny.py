@@ -43,14 +43,16 @@ from ..intrinsics import (
     griddepcontrol_wait,
     ld_shared_u32,
     ld_shared_v2_u32,
+    ld_shared_v4_f32,
     ld_shared_v4_u32,
-    ld_v4_f32,
+    mad_wide_s32,
     no_unroll,
+    s32,
     shared_address,
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
 from ..quant_traits import has_mins, has_scales, is_q4_1, is_q5_k, is_q6_k, scale_bytes
-from .common import add4, device, launch_bounds, prefetch_norm
+from .common import add4, device, launch_bounds
 from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k, record_bytes
 from .params import SKINNY_FUSED_UNITS as FUSED_UNITS
 from .params import SKINNY_PLANE_BYTES as PLANE
@@ -59,7 +61,7 @@ from .params import SKINNY_STEP_BYTES as STEP_BYTES
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_UNITS as UNITS
 from .params import SKINNY_WARPS as WARPS
-from .skinny_x import round_x, stage_x
+from .skinny_x import norm_of_slice, round_x, stage_x
 
 HIGH_AT = 3 * PLANE
 """Byte offset of the upper bits of q5_k and q6_k after a stage's payload."""
@@ -76,32 +78,26 @@ def rows_of(paired, group, rows, kv_rows, weights, scales):
     """
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = scales
-    first, last, base, scale_base = group * ROWS, rows - 1, w0, s0
+    lane = s32(cuda.threadIdx.x & 31)
+    first, last, base, scale_base = s32(group * ROWS), s32(rows - 1), w0, s0
+    other, third, mine = w0, s32(16), lane
     if paired:
-        first = group * 16
+        first, other, third, mine = s32(group * 16), w1, s32(0), s32(lane & 15)
+        scale_base = s1 if lane >= 16 else s0
     elif kv_rows > 0 and first >= rows:
-        first -= rows
-        last = kv_rows - 1
+        first = s32(first - rows)
+        last = s32(kv_rows - 1)
         base, scale_base = w1, s1
         if first >= kv_rows:
-            first -= kv_rows
+            first = s32(first - kv_rows)
             base, scale_base = w2, s2
-    last -= first
-    lane = cuda.threadIdx.x & 31
-    g = lane >> 2
-    base += first * stride + ((lane & 3) << 4)
-    scale_base += first * scale_stride
-    other, second, mine = base, 16, lane
-    if paired:
-        other, second, mine = base + (w1 - w0), 0, lane & 15
-        if lane >= 16:
-            scale_base += s1 - s0
-    a, b = np.int32(min(g, last)), np.int32(min(g + 8, last))
-    c, d = np.int32(min(g + second, last)), np.int32(min(g + second + 8, last))
-    step = np.int32(stride)
+        other = base
+    row = s32(first + (lane >> 2))
+    other_row = s32(row + third)
     return (
-        base + a * step, base + b * step, other + c * step, other + d * step,
-        scale_base + np.int32(min(mine, last)) * np.int32(scale_stride),
+        mad_wide_s32(min(row, last), stride, base), mad_wide_s32(min(s32(row + 8), last), stride, base),
+        mad_wide_s32(min(other_row, last), stride, other), mad_wide_s32(min(s32(other_row + 8), last), stride, other),
+        mad_wide_s32(min(s32(first + mine), last), scale_stride, scale_base),
     )  # fmt: skip
 
 
@@ -109,67 +105,70 @@ def rows_of(paired, group, rows, kv_rows, weights, scales):
 
 
 @device
-def fetch_scales(slot, payload, scales, row, step, scale_stride, shift):
-    """Start copying the scales of step number `step` of a row: words in planes, and the upper bits of q5_k and q6_k."""
-    to = slot + STEP_BYTES + 4 * (cuda.threadIdx.x & 31)
+def fetch_scales(to, payload, scales, row, step, scale_stride, shift):
+    """Start copying the scales of step number `step` of a row: words in planes, and the upper bits of q5_k and q6_k.
+    `to` is the shared address of this lane's word of the first plane.
+    """
+    lane = s32(cuda.threadIdx.x & 31)
+    two = s32(to + 4 * lane)
     if has_mins(payload) or is_q6_k(payload):
         log2 = 3 if has_mins(payload) else 2
-        record, inside = step >> log2, step & ((1 << log2) - 1)
-        size = record_bytes(payload)
-        source, count = row + record * size, 4 if record * size < scale_stride else 0
-        words = source + 8 * inside + (0 if has_mins(payload) else SIX_SCALES)
-        cp_async_8(to + 4 * (cuda.threadIdx.x & 31), words, 2 * count)
+        record, inside = s32(step >> log2), s32(step & ((1 << log2) - 1))
+        size = s32(record_bytes(payload))
+        first = s32(record * size)
+        source, left = row + first, s32(scale_stride - first)
+        cp_async_8(two, source + s32(8 * inside + (0 if has_mins(payload) else SIX_SCALES)), left)
         factors = FOUR_FACTORS if has_mins(payload) else SIX_FACTORS
-        cp_async_4(to + 2 * PLANE, source + factors + 4 * (inside >> 1), count)
+        cp_async_4(s32(to + 2 * PLANE), source + s32(factors + 4 * (inside >> 1)), left)
         if is_q5_k(payload):
-            high = slot + STEP_BYTES + HIGH_AT + 16 * (cuda.threadIdx.x & 31)
-            cp_async_16(high, source + FIVE_HIGH + 16 * inside, 4 * count)
+            cp_async_16(s32(to + 12 * lane + HIGH_AT), source + s32(FIVE_HIGH + 16 * inside), left)
         if is_q6_k(payload):
-            high = slot + STEP_BYTES + HIGH_AT + 8 * (cuda.threadIdx.x & 31)
+            source += s32(32 * inside)
             for j in range(4):
-                cp_async_8(high + 2 * PLANE * j, source + 32 * inside + 8 * j, 2 * count)
+                cp_async_8(s32(two + HIGH_AT + 2 * PLANE * j), source + 8 * j, left)
     elif is_q4_1(payload):
+        left = s32(scale_stride - 4 * step)
         for j in range(4):
-            cp_async_4(to + PLANE * j, row + 16 * step + 4 * j, 4 if 4 * step + j < scale_stride else 0)
+            cp_async_4(s32(to + PLANE * j), row + step * 16 + 4 * j, s32(left - j))
     elif is_float32(scales):
         for j in range(4):
-            scale = (64 * step + 16 * j) >> shift
-            cp_async_4(to + PLANE * j, row + 4 * scale, 4 if scale < scale_stride else 0)
-    else:
-        if pieces_of(payload) == 2:  # two float16 of int8
-            cp_async_4(to, row + 4 * step, 4 if 2 * step < scale_stride else 0)
-        elif scale_stride & 3 == 0:  # four of q4_0
-            cp_async_8(to + 4 * (cuda.threadIdx.x & 31), row + 8 * step, 8 if 4 * step < scale_stride else 0)
+            scale = s32(s32(64 * step + 16 * j) >> shift)
+            cp_async_4(s32(to + PLANE * j), row + scale * 4, s32(scale_stride - scale))
+    elif pieces_of(payload) == 2:  # two float16 of int8
+        cp_async_4(to, row + step * 4, s32(scale_stride - 2 * step))
+    else:  # four of q4_0
+        left = s32(scale_stride - 4 * step)
+        if scale_stride & 3 == 0:
+            cp_async_8(two, row + step * 8, left)
         else:
-            cp_async_4(to + 4 * (cuda.threadIdx.x & 31), row + 8 * step, 4 if 4 * step < scale_stride else 0)
-            cp_async_4(
-                to + 4 * (cuda.threadIdx.x & 31) + 4, row + 8 * step + 4, 4 if 4 * step + 2 < scale_stride else 0
-            )
+            cp_async_4(two, row + step * 8, left)
+            cp_async_4(s32(two + 4), row + step * 8 + 4, s32(left - 2))
 
 
 @device
-def fetch_step(cursor, place, slot, payload, scales, bases, scale_bases, shape):
-    """Start copying the step at the cursor, if there is one. Returns the cursor of the next step."""
+def fetch_step(cursor, place, to, payload, scales, bases, scale_bases, shape):
+    """Start copying the step at the cursor, if there is one: this lane's 16 bytes of a row to the shared address `to`.
+    Returns the cursor of the next step.
+    """
     tile, step, a, b, c, d, mine = cursor
-    k_warp, k_warps, row_warp, row_warps, first_step, steps, tiles = place
-    paired, rows, kv_rows, stride, scale_stride, shift = shape
+    k_warp, k_warps, row_warp, row_warps, first_step, steps, lane_steps, tiles = place
+    paired, rows, kv_rows, scale_stride, shift = shape
     if tile < tiles:
-        lane = cuda.threadIdx.x & 31
-        column = (first_step + step) << 6
-        to, count = slot + 16 * lane, 16 if column + ((lane & 3) << 4) < stride else 0
-        cp_async_16(to, a + column, count)
-        cp_async_16(to + 512, b + column, count)
-        cp_async_16(to + 1024, c + column, count)
-        cp_async_16(to + 1536, d + column, count)
+        left = s32(lane_steps - step)
+        cp_async_16(to, a + step * 64, left)
+        cp_async_16(s32(to + 512), b + step * 64, left)
+        cp_async_16(s32(to + 1024), c + step * 64, left)
+        cp_async_16(s32(to + 1536), d + step * 64, left)
         if has_scales(payload):
-            fetch_scales(slot, payload, scales, mine, first_step + step, scale_stride, shift)
-        step += k_warps
+            to_scales = s32(to + (STEP_BYTES - 12 * (cuda.threadIdx.x & 31)))
+            fetch_scales(to_scales, payload, scales, mine, s32(first_step + step), scale_stride, shift)
+        step = s32(step + k_warps)
         if step >= steps:
-            step = k_warp
-            tile += cuda.gridDim.x
-            a, b, c, d, mine = rows_of(
-                paired, min(tile, tiles - 1) * row_warps + row_warp, rows, kv_rows, bases, scale_bases
-            )
+            step, tile = k_warp, s32(tile + cuda.gridDim.x)
+            if tile < tiles:
+                a, b, c, d, mine = rows_of(
+                    paired, s32(tile * row_warps + row_warp), rows, kv_rows, bases, scale_bases
+                )  # fmt: skip
     cp_async_commit()
     return tile, step, a, b, c, d, mine
 
@@ -177,9 +176,7 @@ def fetch_step(cursor, place, slot, payload, scales, bases, scale_bases, shape):
 @device
 def wait_for_step(stages):
     """Wait until at most the newest `stages` - 1 of this thread's steps are pending."""
-    if stages == 8:
-        cp_async_wait_group(7)
-    elif stages == 4:
+    if stages == 4:
         cp_async_wait_group(3)
     elif stages == 2:
         cp_async_wait_group(1)
@@ -188,35 +185,40 @@ def wait_for_step(stages):
 
 
 @device
-def load_row(slot, payload, scales, row):
-    """This lane's part of a row from a stage, as `mma_step` wants it; `row` is its number in the warp."""
-    lane = cuda.threadIdx.x & 31
-    t = lane & 3
-    zero = np.uint32(0)
-    w = ld_shared_v4_u32(slot + ((row >> 3) << 9) + 16 * lane)
+def load_row(slot, payload, scales, number):
+    """This lane's part of a row from a stage, as `mma_step` wants it: of row lane / 4 + 8 · `number` of the warp.
+    `slot` is the shared address of the lane's 16 bytes of the first row.
+    """
+    lane = s32(cuda.threadIdx.x & 31)
+    t, g, zero = s32(lane & 3), s32(lane >> 2), np.uint32(0)
+    w = ld_shared_v4_u32(s32(slot + 512 * number))
     factor, second, high, high2 = zero, zero, zero, zero
-    at = slot + STEP_BYTES + 4 * row
+    one = s32(slot + (STEP_BYTES - 16 * lane + 4 * g))  # of rows 8 further these are 32 · `number` bytes further
+    two = s32(slot + (STEP_BYTES - 16 * lane + 8 * g + 4 * (t >> 1)))
     if has_mins(payload):
         scale, least = factors_of(
-            payload, ld_shared_u32(at + 4 * row + 4 * (t >> 1)), t & 1, ld_shared_u32(at + 2 * PLANE)
+            payload, ld_shared_u32(s32(two + 64 * number)), t & 1, ld_shared_u32(s32(one + 2 * PLANE + 32 * number))
         )  # fmt: skip
         factor, second = float_as_uint(scale), float_as_uint(least)
-        if is_q5_k(payload):
-            high = ld_shared_u32(at + HIGH_AT + 12 * row + 4 * t)
+        if is_q5_k(payload):  # 16 bytes of a row
+            high = ld_shared_u32(s32(slot + (STEP_BYTES + HIGH_AT + 128 * number) - 16 * lane + 16 * g + 4 * t))
     elif is_q6_k(payload):
-        scale, scale2 = factors_q6_k(ld_shared_u32(at + 4 * row + 4 * (t >> 1)), t & 1, ld_shared_u32(at + 2 * PLANE))
+        scale, scale2 = factors_q6_k(
+            ld_shared_u32(s32(two + 64 * number)), t & 1, ld_shared_u32(s32(one + 2 * PLANE + 32 * number))
+        )  # fmt: skip
         factor, second = float_as_uint(scale), float_as_uint(scale2)
-        high, high2 = ld_shared_v2_u32(at + HIGH_AT + 4 * row + 2 * PLANE * t)
+        of_lane = s32(slot + (STEP_BYTES + HIGH_AT - 16 * lane + 8 * g + 2 * PLANE * t))
+        high, high2 = ld_shared_v2_u32(s32(of_lane + 64 * number))
     elif is_q4_1(payload):
-        word = ld_shared_u32(at + PLANE * t)
+        word = ld_shared_u32(s32(one + PLANE * t + 32 * number))
         factor, second = splat_half(word, 0), splat_half(word, 1)
     elif has_scales(payload):
         if is_float32(scales):
-            factor = ld_shared_u32(at + PLANE * t)
+            factor = ld_shared_u32(s32(one + PLANE * t + 32 * number))
         elif pieces_of(payload) == 2:
-            factor = splat_half(ld_shared_u32(at), t >> 1)
+            factor = splat_half(ld_shared_u32(s32(one + 32 * number)), t >> 1)
         else:
-            factor = splat_half(ld_shared_u32(at + 4 * row + 4 * (t >> 1)), t & 1)
+            factor = splat_half(ld_shared_u32(s32(two + 64 * number)), t & 1)
     return w[0], w[1], w[2], w[3], factor, second, high, high2
 
 
@@ -233,105 +235,114 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
     units = len(zeros) >> 3
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = weight_scales
-    first_token = cuda.blockIdx.y * (8 * units)
-    if first_token >= tokens[0]:
+    first_token, count = s32(cuda.blockIdx.y * (8 * units)), tokens[0]
+    if first_token >= count:
         return
     shared = cuda.shared.array(0, np.float32)
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    k_warps, row_warps = 1 << log2_k_warps, WARPS >> log2_k_warps
-    k_warp, row_warp = warp & (k_warps - 1), warp >> log2_k_warps
-    pieces = pieces_of(w0)
-    x_row = slice_steps * 64 * pieces
-    x_at = shared_address(shared, 0)
-    ring_at = x_at + 8 * units * x_row
-    sums_at = ring_at + WARPS * stages * slot_bytes
-    sums_index = (sums_at - x_at) >> 2
+    lane, warp = s32(cuda.threadIdx.x & 31), s32(cuda.threadIdx.x >> 5)
+    k_warps, row_warps = s32(1 << log2_k_warps), s32(WARPS >> log2_k_warps)
+    k_warp, row_warp = s32(warp & (k_warps - 1)), s32(warp >> log2_k_warps)
+    pieces, slot_bytes, stages, tiles = pieces_of(w0), s32(slot_bytes), s32(stages), s32(tiles)
+    x_row = s32(slice_steps * (64 * pieces))
+    x_at = s32(shared_address(shared, 0))
+    ring_at = s32(x_at + 8 * units * x_row)
+    sums_at = s32(ring_at + WARPS * stages * slot_bytes)
     together = units if units < UNITS else 2
-    ring = ring_at + warp * (stages * slot_bytes)
+    ring = s32(ring_at + warp * (stages * slot_bytes) + 16 * lane)
+    ring_end = s32(ring + stages * slot_bytes)
     size = scale_bytes(s0)
     if not has_scales(w0):
         size = 0
 
-    direct = k_warps == 1  # a warp's sums are all of its slice
-
-    # this warp's steps of W
-    first_step = cuda.blockIdx.z * slice_steps
-    row_steps = (stride + 63) >> 6
-    steps = min(slice_steps, row_steps - first_step)
-    bases = address(w0, 0), address(w1, 0), address(w2, 0), stride
-    scale_bases = address(s0, 0), address(s1, 0), address(s2, 0), scale_stride * size
-    place = k_warp, k_warps, row_warp, row_warps, first_step, steps, tiles
-    shape = paired, rows, kv_rows, stride, scale_stride, shift
-    tile = np.int64(cuda.blockIdx.x)
-    a, b, c, d, mine = rows_of(paired, tile * row_warps + row_warp, rows, kv_rows, bases, scale_bases)
+    # this warp's steps of W; this lane's 16 bytes of the last step of a row may be none
+    first_step, quad = s32(cuda.blockIdx.z * slice_steps), s32(16 * (lane & 3))
+    steps = s32(min(s32(slice_steps), s32(((stride + 63) >> 6) - first_step)))
+    lane_steps = s32(((stride - quad + 63) >> 6) - first_step)
+    offset = first_step * 64 + quad
+    bases = address(w0, 0) + offset, address(w1, 0) + offset, address(w2, 0) + offset, s32(stride)
+    scale_bases = address(s0, 0), address(s1, 0), address(s2, 0), s32(scale_stride * size)
+    place = k_warp, k_warps, row_warp, row_warps, first_step, steps, lane_steps, tiles
+    shape = paired, s32(rows), s32(kv_rows), s32(scale_stride), s32(shift)
+    tile = s32(cuda.blockIdx.x)
+    a, b, c, d, mine = rows_of(paired, s32(tile * row_warps + row_warp), s32(rows), s32(kv_rows), bases, scale_bases)
     cursor = (tile if k_warp < steps else tiles), k_warp, a, b, c, d, mine
-    ring_end, writing, reading = ring + stages * slot_bytes, ring, ring
-    while writing < ring_end - slot_bytes:
+    slot = ring
+    while slot < s32(ring_end - slot_bytes):
         no_unroll()
-        cursor = fetch_step(cursor, place, writing, w0, s0, bases, scale_bases, shape)
-        writing += slot_bytes
-    first_column = first_step * (32 * pieces)
-    prefetch_norm(norm, normed, first_column, min(columns, first_column + slice_steps * (32 * pieces)))
+        cursor = fetch_step(cursor, place, slot, w0, s0, bases, scale_bases, shape)
+        slot = s32(slot + slot_bytes)
+    first_column = s32(first_step * (32 * pieces))
+    zero = np.float32(0)
+    eight = zero, zero, zero, zero, zero, zero, zero, zero
+    norms = eight, eight, eight, eight
+    if units <= FUSED_UNITS:
+        norms = norm_of_slice(norm, normed, first_column, s32(x_row >> 4), columns)
     griddepcontrol_wait()
     if units <= FUSED_UNITS:
-        round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, tokens[0], 8 * units, first_column,
+        round_x(x, norms, normed, rounded, scales, squares, capacity, first_token, count, 8 * units, first_column,
                 columns, x_row, w0, x_at)  # fmt: skip
     else:
-        stage_x(rounded, padded, first_token, tokens[0], 8 * units, first_column, x_row, w0, x_at)
+        stage_x(rounded, padded, first_token, count, 8 * units, first_column, x_row, w0, x_at)
     cp_async_commit()
     cp_async_wait_all()
     cuda.syncthreads()
     griddepcontrol_launch_dependents()  # not earlier: `skinny_sum` reads residuals before it waits
 
-    token_row, odd = x_at + (lane >> 2) * x_row, ((lane >> 2) & 1) << 6
+    odd = s32(((lane >> 2) & 1) << 6)
+    first_x = s32(x_at + (lane >> 2) * x_row + k_warp * (64 * pieces) + quad)
     while tile < tiles:
-        sums = zeros
-        step = np.int64(k_warp)
+        sums, step, x_now = zeros, k_warp, first_x
         while step < steps:
             if has_scales(w0):
                 cuda.syncwarp()  # all lanes have read what others copied for them
-            cursor = fetch_step(cursor, place, writing, w0, s0, bases, scale_bases, shape)
-            writing = writing + slot_bytes if writing + slot_bytes < ring_end else ring
+            cursor = fetch_step(cursor, place, slot, w0, s0, bases, scale_bases, shape)
+            slot = s32(slot + slot_bytes)  # after the newest stage comes the oldest
+            if slot >= ring_end:
+                slot = ring
             wait_for_step(stages)
             if has_scales(w0):
                 cuda.syncwarp()
-            g = lane >> 2
             sums = mma_step(
-                w0, s0, sums, load_row(reading, w0, s0, g), load_row(reading, w0, s0, g + 8),
-                load_row(reading, w0, s0, g + 16), load_row(reading, w0, s0, g + 24),
-                token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row, bias,
+                w0, s0, sums, load_row(slot, w0, s0, 0), load_row(slot, w0, s0, 1), load_row(slot, w0, s0, 2),
+                load_row(slot, w0, s0, 3), s32(x_now ^ odd), 8 * x_row, bias,
             )  # fmt: skip
-            reading = reading + slot_bytes if reading + slot_bytes < ring_end else ring
-            step += k_warps
+            step, x_now = s32(step + k_warps), s32(x_now + k_warps * (64 * pieces))
 
-        slot_of_tile = ((cuda.blockIdx.y * tiles + tile) * slices + cuda.blockIdx.z) * row_warps + row_warp
-        parts = units // together
-        if direct:
-            parts = 0
-            to = address(partials, slot_of_tile * units * UNIT + 4 * lane)
+        of_tile = s32(((cuda.blockIdx.y * tiles + tile) * slices + cuda.blockIdx.z) * row_warps + row_warp)
+        to = address(partials, 4 * lane) + s32(of_tile * units) * (4 * UNIT)
+        if k_warps == 1:  # a warp's sums are all of its slice
             st_global_units(sums, to)
-        for part in range(parts):
-            no_unroll()
-            cuda.syncthreads()  # the sums of the last ones have been read
-            st_shared_units(sums, sums_at + warp * (1024 * together) + 16 * lane, part)
-            cuda.syncthreads()
-            local = np.int64(k_warp)
-            while local < together:
+        else:
+            for part in range(units // together):
                 no_unroll()
-                unit = part * together + local
-                at = sums_index + ((row_warp << log2_k_warps) * together + local) * UNIT + 4 * lane
-                upper, lower = ld_v4_f32(shared, at), ld_v4_f32(shared, at + 128)
-                for k in range(1, k_warps):
+                if part > 0 or tile != cuda.blockIdx.x:
+                    cuda.syncthreads()  # the sums of the last ones have been read
+                st_shared_units(sums, s32(sums_at + warp * (1024 * together) + 16 * lane), part)
+                cuda.syncthreads()
+                half, at = k_warp, s32(sums_at + (row_warp << log2_k_warps) * (1024 * together) + 16 * lane)
+                while half < 2 * together:  # a unit's upper tile or its lower one
                     no_unroll()
-                    other = at + k * (together * UNIT)
-                    upper, lower = add4(upper, ld_v4_f32(shared, other)), add4(lower, ld_v4_f32(shared, other + 128))
-                if first_token + 8 * unit < tokens[0]:
-                    to = address(partials, (slot_of_tile * units + unit) * UNIT + 4 * lane)
-                    st_global_v4_f32(to, upper[0], upper[1], upper[2], upper[3])
-                    st_global_v4_f32(to + 512, lower[0], lower[1], lower[2], lower[3])
-                local += k_warps
-        tile += cuda.gridDim.x
+                    total = add_warps(s32(at + 512 * half), k_warps, 1024 * together)
+                    place_of_half = s32(2 * part * together + half)
+                    if first_token + 4 * (place_of_half & -2) < count:
+                        st_global_v4_f32(to + place_of_half * 512, total[0], total[1], total[2], total[3])
+                    half = s32(half + k_warps)
+        tile = s32(tile + cuda.gridDim.x)
     cp_async_wait_all()
+
+
+@device
+def add_warps(at, k_warps, distance):
+    """Four sums of each of 2, 4 or 8 warps, `distance` bytes apart in shared memory, added up in the warps' order."""
+    total = add4(ld_shared_v4_f32(at), ld_shared_v4_f32(s32(at + distance)))
+    if k_warps > 2:
+        a, b = ld_shared_v4_f32(s32(at + 2 * distance)), ld_shared_v4_f32(s32(at + 3 * distance))
+        total = add4(add4(total, a), b)
+    if k_warps > 4:
+        a, b = ld_shared_v4_f32(s32(at + 4 * distance)), ld_shared_v4_f32(s32(at + 5 * distance))
+        c, d = ld_shared_v4_f32(s32(at + 6 * distance)), ld_shared_v4_f32(s32(at + 7 * distance))
+        total = add4(add4(add4(add4(total, a), b), c), d)
+    return total
 
 
 @launch_bounds(min_blocks=2)

@@ -16,9 +16,16 @@ from ..fragments import pieces_of
 from ..intrinsics import (
     address,
     cp_async_16,
+    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    ld_global_f32_or_0,
+    ld_global_v4_f32_or_0,
+    mad_wide_s32,
+    max_magnitude,
     no_unroll,
+    redux_max_s32,
+    s32,
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import device, magnitude_bits, max_registers
@@ -30,9 +37,64 @@ from .rounding import load4, scales_for, warp_largest_of
 
 
 @device
-def piece_of(x, start, norm, normed, k, inside, columns):
-    """(a piece of a row of x from column k on, zeros if not `inside`; the norm's weight for it, or zeros)."""
-    return eight_of(x, start, k, inside, columns), eight_of(norm, 0, k, inside and normed, columns)
+def piece_at(where, left):
+    """Eight float32 from a global address on; `left`, a multiple of four, of them are in the row: zeros after them."""
+    return ld_global_v4_f32_or_0(where, left) + ld_global_v4_f32_or_0(where + 16, s32(left - 4))
+
+
+@device
+def odd_piece_at(where, left):
+    """The same of a row of any length."""
+    return (
+        ld_global_f32_or_0(where, left), ld_global_f32_or_0(where + 4, s32(left - 1)),
+        ld_global_f32_or_0(where + 8, s32(left - 2)), ld_global_f32_or_0(where + 12, s32(left - 3)),
+        ld_global_f32_or_0(where + 16, s32(left - 4)), ld_global_f32_or_0(where + 20, s32(left - 5)),
+        ld_global_f32_or_0(where + 24, s32(left - 6)), ld_global_f32_or_0(where + 28, s32(left - 7)),
+    )  # fmt: skip
+
+
+@device
+def slice_at(where, left, even):
+    """A lane's four pieces of a slice, each 32 further: from a global address on, zeros after `left` columns. `even` if
+    rows are whole groups of four. All loads are in flight at once.
+    """
+    if even:
+        return (
+            piece_at(where, left), piece_at(where + 1024, s32(left - 256)), piece_at(where + 2048, s32(left - 512)),
+            piece_at(where + 3072, s32(left - 768)),
+        )  # fmt: skip
+    return (
+        odd_piece_at(where, left), odd_piece_at(where + 1024, s32(left - 256)),
+        odd_piece_at(where + 2048, s32(left - 512)), odd_piece_at(where + 3072, s32(left - 768)),
+    )  # fmt: skip
+
+
+@device
+def norm_of_slice(norm, normed, first_column, row_pieces, columns):
+    """The norm's weight of this lane's pieces of a slice. No kernel writes it: it may be loaded before the wait."""
+    k = s32(first_column + 8 * (cuda.threadIdx.x & 31))
+    left = s32(s32(min(columns, first_column + 8 * row_pieces)) - k) if normed else s32(0)
+    return slice_at(address(norm, k), left, columns & 3 == 0)
+
+
+@device
+def times8(v, w):
+    """Products of eight elements and their weights."""
+    return v[0] * w[0], v[1] * w[1], v[2] * w[2], v[3] * w[3], v[4] * w[4], v[5] * w[5], v[6] * w[6], v[7] * w[7]
+
+
+@device
+def squared8(v):
+    """Sum of the squares of eight elements."""
+    return squared((v[0], v[1], v[2], v[3])) + squared((v[4], v[5], v[6], v[7]))
+
+
+@device
+def largest8(v):
+    """The largest magnitude of eight elements; NaNs count only where all are NaN."""
+    a, b = max_magnitude(v[0], v[1]), max_magnitude(v[2], v[3])
+    c, d = max_magnitude(v[4], v[5]), max_magnitude(v[6], v[7])
+    return max_magnitude(max_magnitude(a, b), max_magnitude(c, d))
 
 
 @device
@@ -62,29 +124,40 @@ def rounded_piece(rounded, v, up, pieces):
 
 
 @device
-def round_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces):
-    """Round a warp's slice of a row: up to four pieces per lane, number `lane` and every 32nd after it.
+def round_slice(where, left, norms, normed, even, squares_wanted, rounded, pieces):
+    """Round a warp's slice of a row: four pieces per lane, number `lane` and every 32nd after it, from the lane's first
+    one at a global address on, `left` columns before the slice's end.
 
-    Returns (their words, the factor that undoes the scale, the sum of squares). The scale is a power of two that brings
-    the slice's largest element to [2^14, 2^15).
+    Returns (their words, the factor that undoes the scale, this lane's sum of squares if `squares_wanted`). The scale
+    is a power of two that brings the slice's largest element to [2^14, 2^15).
     """
-    lane = cuda.threadIdx.x & 31
-    k = first_column + 8 * lane
-    piece0 = piece_of(x, start, norm, normed, k, lane < row_pieces, columns)
-    piece1 = piece_of(x, start, norm, normed, k + 256, lane + 32 < row_pieces, columns)
-    piece2 = piece_of(x, start, norm, normed, k + 512, lane + 64 < row_pieces, columns)
-    piece3 = piece_of(x, start, norm, normed, k + 768, lane + 96 < row_pieces, columns)
-    squares0, v0, largest0 = normed_piece(piece0, normed)
-    squares1, v1, largest1 = normed_piece(piece1, normed)
-    squares2, v2, largest2 = normed_piece(piece2, normed)
-    squares3, v3, largest3 = normed_piece(piece3, normed)
-    squares = warp_sum((squares0 + squares1) + (squares2 + squares3))
-    up, down = scales_for(warp_largest_of(max(max(largest0, largest1), max(largest2, largest3))))
+    v0, v1, v2, v3 = slice_at(where, left, even)
+    squares = np.float32(0)
+    if squares_wanted:
+        squares = (squared8(v0) + squared8(v1)) + (squared8(v2) + squared8(v3))
+    if normed:
+        v0, v1, v2, v3 = times8(v0, norms[0]), times8(v1, norms[1]), times8(v2, norms[2]), times8(v3, norms[3])
+    largest = max_magnitude(max_magnitude(largest8(v0), largest8(v1)), max_magnitude(largest8(v2), largest8(v3)))
+    up, down = scales_for(redux_max_s32(np.int32(float_as_uint(largest))))
     words = (
         rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces),
         rounded_piece(rounded, v2, up, pieces), rounded_piece(rounded, v3, up, pieces),
     )  # fmt: skip
     return words, down, squares
+
+
+@device
+def round_short_slice(where, left, norms, normed, squares_wanted, rounded, pieces):
+    """`round_slice` of up to two pieces per lane, in rows of whole groups of four: the same bits."""
+    v0, v1 = piece_at(where, left), piece_at(where + 1024, s32(left - 256))
+    squares = np.float32(0)
+    if squares_wanted:
+        squares = squared8(v0) + squared8(v1)
+    if normed:
+        v0, v1 = times8(v0, norms[0]), times8(v1, norms[1])
+    largest = max_magnitude(largest8(v0), largest8(v1))
+    up, down = scales_for(redux_max_s32(np.int32(float_as_uint(largest))))
+    return (rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces)), down, squares
 
 
 @device
@@ -105,15 +178,20 @@ def skinny_round_kernel(
     blockIdx.x counts eight tokens, blockIdx.y slices.
     """
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
-    t, lane = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
+    t, lane = s32(cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)), s32(cuda.threadIdx.x & 31)
+    first, row_pieces, count = s32(cuda.blockIdx.y * slice_columns), s32(slice_columns >> 3), tokens[0]
+    norms = norm_of_slice(norm, normed, first, row_pieces, columns)
     griddepcontrol_wait()
-    if t >= tokens[0]:
+    if t >= count:
         return
-    first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
-    words, down, total = round_slice(x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces)
+    k = s32(first + 8 * lane)
+    left = s32(s32(min(columns, first + slice_columns)) - k)
+    words, down, total = round_slice(
+        address(x, t * columns + k), left, norms, normed, columns & 3 == 0, True, rounded, pieces
+    )  # fmt: skip
+    total = warp_sum(total)
     if lane == 0:
         scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
-    k = first + 8 * lane
     at, left = t * padded + k, padded - k
     put_words(rounded, at, left, words[0], lane < row_pieces)
     put_words(rounded, at + 256, left - 256, words[1], lane + 32 < row_pieces)
@@ -217,50 +295,57 @@ def place_of(i, n, pieces):
 
 
 @device
-def put_shared(row_at, i, n, pieces, row_pieces, words):
-    """Write piece `i` of token `n` to shared memory, if there is one."""
-    if i < row_pieces:
-        st_shared_v4_u32(row_at + place_of(i, n, pieces), words[0], words[1], words[2], words[3])
+def put_shared(at, here, words):
+    """Write a piece to shared memory, if it is `here`."""
+    if here:
+        st_shared_v4_u32(at, words[0], words[1], words[2], words[3])
 
 
 @device
-def round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, tokens, rows, first_column, columns,
+def round_x(x, norms, normed, rounded, scales, squares, capacity, first_token, tokens, rows, first_column, columns,
             row_bytes, payload, shared_at):  # fmt: skip
     """Round the block's columns of `rows` tokens to shared memory, zeros for tokens that are missing. The first block
-    of a slice writes their scales and sums of squares.
+    of a slice writes their scales and sums of squares. `norms` are what `norm_of_slice` returned.
     """
-    lane, pieces, row_pieces = cuda.threadIdx.x & 31, pieces_of(payload), row_bytes >> 4
-    for n in range(cuda.threadIdx.x >> 5, rows, WARPS):
+    lane, pieces, row_pieces = s32(cuda.threadIdx.x & 31), pieces_of(payload), s32(row_bytes >> 4)
+    k, leads, even = s32(first_column + 8 * lane), cuda.blockIdx.x == 0, columns & 3 == 0
+    in_slice = s32(s32(min(columns, first_column + 8 * row_pieces)) - k)
+    n = s32(cuda.threadIdx.x >> 5)
+    while n < rows:
         no_unroll()
-        t = first_token + n
-        words, down, total = round_slice(
-            x,
-            t * columns,
-            norm,
-            normed,
-            first_column,
-            row_pieces if t < tokens else 0,
-            columns,
-            rounded,
-            pieces,
-        )
-        row_at = shared_at + n * row_bytes
-        put_shared(row_at, lane, n, pieces, row_pieces, words[0])
-        put_shared(row_at, lane + 32, n, pieces, row_pieces, words[1])
-        put_shared(row_at, lane + 64, n, pieces, row_pieces, words[2])
-        put_shared(row_at, lane + 96, n, pieces, row_pieces, words[3])
-        if cuda.blockIdx.x == 0 and lane == 0 and t < tokens:
-            scales[cuda.blockIdx.z * capacity + t], squares[cuda.blockIdx.z * capacity + t] = down, total
+        t = s32(first_token + n)
+        where, left = address(x, mad_wide_s32(t, columns, k)), in_slice if t < tokens else s32(0)
+        at = s32(shared_at + n * row_bytes + place_of(lane, n, pieces))  # 32 further in the row are 512 bytes further
+        if row_pieces <= 64 and even:
+            two, down, total = round_short_slice(where, left, norms, normed, leads, rounded, pieces)
+            put_shared(at, lane < row_pieces, two[0])
+            put_shared(s32(at + 512), s32(lane + 32) < row_pieces, two[1])
+        else:
+            four, down, total = round_slice(where, left, norms, normed, even, leads, rounded, pieces)
+            put_shared(at, lane < row_pieces, four[0])
+            put_shared(s32(at + 512), s32(lane + 32) < row_pieces, four[1])
+            put_shared(s32(at + 1024), s32(lane + 64) < row_pieces, four[2])
+            put_shared(s32(at + 1536), s32(lane + 96) < row_pieces, four[3])
+        if leads:
+            total = warp_sum(total)
+            if lane == 0 and t < tokens:
+                scales[cuda.blockIdx.z * capacity + t], squares[cuda.blockIdx.z * capacity + t] = down, total
+        n = s32(n + WARPS)
 
 
 @device
 def stage_x(x, padded, first_token, tokens, rows, first_column, row_bytes, payload, shared_at):
     """Start copying the block's columns of `rows` rounded tokens to shared memory, zeros for what is missing."""
-    lane, pieces = cuda.threadIdx.x & 31, pieces_of(payload)
-    for n in range(cuda.threadIdx.x >> 5, rows, WARPS):
+    lane, pieces, row_pieces = s32(cuda.threadIdx.x & 31), pieces_of(payload), s32(row_bytes >> 4)
+    k, n = s32(first_column + 8 * lane), s32(cuda.threadIdx.x >> 5)
+    while n < rows:
         no_unroll()
-        source = address(x, (first_token + n) * padded + first_column)
-        for i in range(lane, row_bytes >> 4, 32):
+        t = s32(first_token + n)
+        source, left = address(x, mad_wide_s32(t, padded, k)), s32(padded - k) if t < tokens else s32(0)
+        to, i = s32(shared_at + n * row_bytes + place_of(lane, n, pieces)), lane
+        while i < row_pieces:
             no_unroll()
-            here = first_token + n < tokens and first_column + 8 * i < padded
-            cp_async_16(shared_at + n * row_bytes + place_of(i, n, pieces), source + 16 * i, 16 if here else 0)
+            cp_async_16(to, source, left)
+            i, to, left = s32(i + 32), s32(to + 512), s32(left - 256)
+            source += 512
+        n = s32(n + WARPS)

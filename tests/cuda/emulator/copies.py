@@ -34,11 +34,14 @@ class AsynchronousCopies(Threads):
             assert modifiers[0] == "async"
             width = int(operands[2])
             to, source = self._address(operands[0])[mask], self._address(operands[1])[mask]
-            wanted = self._value(operands[3], "u32")[mask] if len(operands) > 3 else np.full(mask.sum(), width)
-            assert np.isin(wanted, (0, width)).all()
+            wanted = np.ones(mask.sum(), bool)
+            if len(operands) > 3:  # a predicate, under which the source is ignored
+                ignored = self.registers[operands[3]]
+                assert ignored.dtype is BOOL, operands[3]
+                wanted = ~ignored[mask]
             data = np.zeros((len(to), width), np.uint8)
-            if (wanted > 0).any():
-                data[wanted > 0] = self._load(source[wanted > 0], width, False, mask)
+            if wanted.any():
+                data[wanted] = self._load(source[wanted], width, False, mask)
             _, indices = self._bytes(to, width, True, mask)
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
             self.copies.append(Copies(np.flatnonzero(mask), indices, data, self.committed[mask]))

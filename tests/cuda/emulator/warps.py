@@ -12,7 +12,7 @@ from tests.cuda.emulator.wgmma import LANES, Products
 
 
 class Warps(Threads):
-    """shfl, ldmatrix, mma and wgmma."""
+    """shfl, redux, ldmatrix, mma and wgmma."""
 
     def _shfl(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         assert modifiers[1] in ("bfly", "idx") and (self._value(operands[4], "u32")[mask] == 0xFFFFFFFF).all()
@@ -23,6 +23,12 @@ class Warps(Threads):
         inside = (lanes & 31) ^ given if modifiers[1] == "bfly" else given & 31
         other = (lanes & ~31) | inside
         self._set(to, self._value(operands[1], "b32")[other], mask)
+
+    def _redux(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert modifiers == ["sync", "max", "s32"] and int(operands[2], 0) == 0xFFFFFFFF, modifiers
+        self._whole_warps(mask)
+        largest = self._value(operands[1], "s32").reshape(-1, 32).max(axis=1)
+        self._set(operands[0], np.repeat(largest, 32), mask)
 
     def _whole_warps(self, mask: np.ndarray) -> None:
         warps = mask.reshape(-1, 32)
