@@ -23,8 +23,6 @@ with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import cuda
 
@@ -40,13 +38,13 @@ from ..intrinsics import (
     ld_shared_v4_u32,
     ld_v4_f32,
     no_unroll,
+    s32,
     shared_address,
     st_v4_f32,
 )
 from ..quant_traits import per_16_bytes
 from .common import (
     FULL_MASK,
-    LOG2_E,
     device,
     fast_divmod,
     first_visible,
@@ -73,9 +71,9 @@ def fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted,
     """
     keys, values = source[6:8]
     fetch_16_bytes(slot, k_cache, keys, source, page, p, wanted)
-    fetch_16_bytes(slot + 16 * THREADS, v_cache, values, source, page, p, wanted)
-    fetch_16_bytes(slot + 32 * THREADS, k_cache, keys, source, next_page, p + step, next_wanted)
-    fetch_16_bytes(slot + 48 * THREADS, v_cache, values, source, next_page, p + step, next_wanted)
+    fetch_16_bytes(s32(slot + 16 * THREADS), v_cache, values, source, page, p, wanted)
+    fetch_16_bytes(s32(slot + 32 * THREADS), k_cache, keys, source, next_page, s32(p + step), next_wanted)
+    fetch_16_bytes(s32(slot + 48 * THREADS), v_cache, values, source, next_page, s32(p + step), next_wanted)
     cp_async_commit()
 
 
@@ -84,11 +82,12 @@ def lane_position(begin, k_cache, head_dim, lanes):
     """This lane's share of the keys from `begin` on: (first key, distance to the next key, first element of each key,
     whether it has any). `head_dim` may be smaller than the lanes have room for.
     """
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    keys_at_once = 32 // lanes
-    d = (lane & (lanes - 1)) * per_16_bytes(k_cache)
+    # `lanes` is a power of two: groups of lanes are numbered through all warps
+    log2_lanes = s32(cuda.popc(s32(lanes - 1)))
+    d = s32((cuda.threadIdx.x & (lanes - 1)) * per_16_bytes(k_cache))
     has_elements = d < head_dim
-    return begin + warp * keys_at_once + lane // lanes, WARPS * keys_at_once, d if has_elements else 0, has_elements
+    p = s32(begin + (cuda.threadIdx.x >> log2_lanes))
+    return p, s32(THREADS >> log2_lanes), d if has_elements else s32(0), has_elements
 
 
 @device
@@ -99,10 +98,10 @@ def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, r
     for stage in range(STAGES):
         no_unroll()
         wanted, next_wanted = has_elements and p < cached_end, has_elements and p + step < cached_end
-        page, next_page = page_of(source, p, wanted), page_of(source, p + step, next_wanted)
-        slot = ring + stage * STAGE_BYTES
+        page, next_page = page_of(source, p, wanted), page_of(source, s32(p + step), next_wanted)
+        slot = s32(ring + stage * STAGE_BYTES)
         fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted)
-        p += 2 * step
+        p = s32(p + 2 * step)
 
 
 @device
@@ -146,11 +145,11 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
     so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
     one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
     """
-    n_elements, cached_end = per_16_bytes(k_cache), min(end, position)
+    n_elements, cached_end = per_16_bytes(k_cache), s32(min(end, position))
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     keys, values = source[6:8]
-    blocks, block = (head_dim + 31) >> 5, d >> 5
-    odd = (p * blocks + block) & 1  # of all of the lane's keys: `step` is even
+    blocks, block = s32((head_dim + 31) >> 5), s32(d >> 5)
+    odd = s32((p * blocks + block) & 1)  # of all of the lane's keys: `step` is even
     new_key = load_16_bytes(k_cache, keys, source, new_page, position)
     new_value = load_16_bytes(v_cache, values, source, new_page, position)
     query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
@@ -166,23 +165,23 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
                 high = ld_v4_f32(q, q_at + h * head_dim + d + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    slot, ahead = ring, p + 2 * STAGES * step
-    for _ in range(begin, cached_end, 2 * step):
+    slot, ahead, at = ring, s32(p + 2 * STAGES * step), begin
+    while at < cached_end:
+        at = s32(at + 2 * step)
         wanted, next_wanted = has_elements and ahead < cached_end, has_elements and ahead + step < cached_end
-        page, next_page = page_of(source, ahead, wanted), page_of(source, ahead + step, next_wanted)
+        page, next_page = page_of(source, ahead, wanted), page_of(source, s32(ahead + step), next_wanted)
         cp_async_wait_group(1)
         key = elements_of(k_cache, ld_shared_v4_u32(slot), odd)
-        value = elements_of(v_cache, ld_shared_v4_u32(slot + 16 * THREADS), odd)
-        next_key = elements_of(k_cache, ld_shared_v4_u32(slot + 32 * THREADS), odd)
-        next_value = elements_of(v_cache, ld_shared_v4_u32(slot + 48 * THREADS), odd)
+        value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 16 * THREADS)), odd)
+        next_key = elements_of(k_cache, ld_shared_v4_u32(s32(slot + 32 * THREADS)), odd)
+        next_value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 48 * THREADS)), odd)
         online_softmax_update(query, key, next_key, value, next_value, p < cached_end, p + step <
                               cached_end, lanes, max_score, exp_sum, acc)  # fmt: skip
         fetch_keys(slot, source, k_cache, v_cache, ahead, step, page, next_page, wanted, next_wanted)
-        slot = ring + STAGE_BYTES if slot == ring else ring
-        p += 2 * step
-        ahead += 2 * step
+        slot = s32(ring + STAGE_BYTES) if slot == ring else ring
+        p, ahead = s32(p + 2 * step), s32(ahead + 2 * step)
     if cached_end < end and cuda.threadIdx.x < 32:
-        odd = (position * blocks + block) & 1
+        odd = s32((position * blocks + block) & 1)
         key, value = elements_of(k_cache, new_key, odd), elements_of(v_cache, new_value, odd)
         online_softmax_update(
             query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
@@ -192,7 +191,19 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
 
 
 @device
-def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, n_elements):
+def element_of(n, head_dim, heads):
+    """(head, element of it) of element `n` of a block's `heads` heads, a constant: of one head there is nothing to
+    compute.
+    """
+    h, d = s32(0), s32(n)
+    for _ in range(1, heads):
+        if d >= head_dim:
+            h, d = s32(h + 1), s32(d - head_dim)
+    return h, d
+
+
+@device
+def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, n_elements):
     """Merge the block's groups of lanes into shared memory: head h's values at h · (head_dim + 4), then its maximum and
     its sum of exponentials.
 
@@ -234,9 +245,10 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
         if lane == 0:
             shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = new_max, all_sum
     cuda.syncthreads()
-    for n in range(cuda.threadIdx.x, max_score.size * head_dim, THREADS):
+    heads = max_score.size
+    for n in range(cuda.threadIdx.x, heads * head_dim, THREADS):
         no_unroll()
-        h, d = fast_divmod(n, head_dim, inverse_head_dim)
+        h, d = element_of(n, head_dim, heads)
         at, weight_at = rows + h * groups * width + d, weights + h * groups
         value, other = np.float32(0), np.float32(0)
         for g in range(0, groups, 4):
@@ -287,18 +299,24 @@ def weighted_element(partials, first, part_size, shared, weights_at, part, split
 
 
 @device
+def ceil_quotient(number, divisor):
+    """number / divisor of positive int32, rounded up. An unsigned division is much shorter than a signed one."""
+    return s32(np.uint32(number + divisor - 1) // np.uint32(divisor))
+
+
+@device
 def split_range(length, window, part, splits):
     """(begin, end, splits used): the keys of split number `part`, for a token that is the last of `length`. A split
     beyond `splits used` has none.
     """
-    first = first_visible(length, window)
-    seen = length - first
-    keys, splits_used = seen, 1
+    first = s32(first_visible(length, window))
+    seen = s32(length - first)
+    keys, splits_used = seen, s32(1)
     if splits > 1 and seen > SPLIT_FROM:
-        keys = max(MIN_SPLIT_KEYS, (seen + splits - 1) // splits)
-        splits_used = (seen + keys - 1) // keys
-    begin = first + part * keys
-    return begin, min(length, begin + keys), splits_used
+        keys = s32(max(MIN_SPLIT_KEYS, ceil_quotient(seen, splits)))
+        splits_used = ceil_quotient(seen, keys)
+    begin = s32(first + part * keys)
+    return begin, s32(min(length, begin + keys)), splits_used
 
 
 @device
@@ -312,7 +330,7 @@ def write_output(
     splits_used,
     splits,
     head_dim,
-    inverse_head_dim,
+    heads,
     shared,
     is_last,
 ):
@@ -333,7 +351,7 @@ def write_output(
     if splits_used == 1 or is_last[0]:
         for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
             no_unroll()
-            h, d = fast_divmod(n, head_dim, inverse_head_dim)
+            h, d = element_of(n, head_dim, heads)
             value, all_sum = shared[h * width + d], shared[h * width + head_dim + 1]
             if splits_used > 1:
                 first, weights_at = (first_head + h) * splits * part_size + d, SPLIT_WEIGHTS * h
@@ -347,7 +365,7 @@ def write_output(
 
 @device
 def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partials, counters, kv_heads, shared_by,
-                 head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, part, splits, splits_used,
+                 head_dim, lanes, subgroups, inverse_subgroups, factor, begin, end, part, splits, splits_used,
                  early, max_score, exp_sum, acc, is_last):  # fmt: skip
     """Attention of the block's heads of row `t` over keys [begin, end), split number `part` of `splits_used`.
 
@@ -355,43 +373,45 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     token sees, but its own.
     """
     shared = cuda.shared.array(0, np.float32)
-    group, heads_a_block = cuda.blockIdx.x, max_score.size
+    group, heads_a_block = s32(cuda.blockIdx.x), max_score.size
+    position, head_dim, lanes = s32(position), s32(head_dim), s32(lanes)
+    kv_heads, shared_by, splits = s32(kv_heads), s32(shared_by), s32(splits)
     kv_head, sub = fast_divmod(group, subgroups, inverse_subgroups)
-    first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads_a_block
-    heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
-    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    ring = shared_address(shared, 4 * cuda.threadIdx.x)
+    kv_head, sub = s32(kv_head), s32(sub)
+    first_head = s32((t * kv_heads + kv_head) * shared_by + sub * heads_a_block)
+    heads_here = s32(min(heads_a_block, shared_by - sub * heads_a_block))
+    ring = s32(shared_address(shared, 4 * cuda.threadIdx.x))
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
     if not early:
         griddepcontrol_wait()
-    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, min(end, position), ring)
+    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, s32(min(end, position)), ring)
     new_page = page_of(source, position, True)
     griddepcontrol_wait()
     attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
                 factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
-    merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
+    merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, per_16_bytes(k_cache))
     counter = t * cuda.gridDim.x + group
     write_output(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits, head_dim,
-                 inverse_head_dim, shared, is_last)  # fmt: skip
+                 heads_a_block, shared, is_last)  # fmt: skip
     if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
         counters[counter] = 0
 
 
 @device
 def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score, exp_sum, acc,
+                     head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score, exp_sum, acc,
                      is_last):  # fmt: skip
     """The body of the kernels for a token, with `max_score.size` heads per block.
 
     blockIdx.x is a group of heads, blockIdx.z the split of the keys.
     """
-    splits = cuda.gridDim.z
-    begin, end, splits_used = split_range(position + 1, window, cuda.blockIdx.z, splits)
-    if cuda.blockIdx.z < splits_used:
+    splits, part = s32(cuda.gridDim.z), s32(cuda.blockIdx.z)
+    begin, end, splits_used = split_range(s32(position + 1), s32(window), part, splits)
+    if part < splits_used:
         attend_split(q, k_cache, v_cache, pages, 0, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, cuda.blockIdx.z,
+                     head_dim, lanes, subgroups, inverse_subgroups, factor, begin, end, part,
                      splits, splits_used, True, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
@@ -399,7 +419,7 @@ def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partia
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                              scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes,
-                             subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
+                             subgroups, inverse_subgroups, factor):  # fmt: skip
     """One token. Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long
     contexts.
     """
@@ -409,7 +429,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     pages = page_table, table_stride, log2_page, scales_at
     decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
-                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score,
                      exp_sum, acc, is_last)  # fmt: skip
 
 
@@ -417,7 +437,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                             scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
-                            inverse_subgroups, inverse_head_dim):  # fmt: skip
+                            inverse_subgroups, factor):  # fmt: skip
     """One token. Each block computes one head. For short contexts, and for heads that share no keys."""
     is_last = cuda.shared.array(1, np.int32)
     max_score = cuda.local.array(1, np.float32)
@@ -425,5 +445,5 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, p
     acc = cuda.local.array((1, 8), np.float32)
     pages = page_table, table_stride, log2_page, scales_at
     decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
-                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score,
                      exp_sum, acc, is_last)  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, ld_global_u32, ld_global_v4_u32
+from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, ld_global_u32, ld_global_v4_u32, s32
 from ..quant_traits import is_q8_0, unpack8
 from .common import device
 
@@ -23,9 +23,9 @@ def row_bytes(cache, head_dim):
 def page_of(source, position, wanted):
     """Page that holds a position of the sequence, page 0 if it is not wanted: then the table may have no such entry."""
     page_table, row, log2_page = source[:3]
-    page = np.int32(0)
+    page = s32(0)
     if wanted:
-        page = page_table[row + (position >> log2_page)]
+        page = page_table[s32(row + (position >> log2_page))]
     return page
 
 
@@ -33,14 +33,16 @@ def page_of(source, position, wanted):
 def key_offset(source, page, position):
     """Byte offset of the lane's 16 bytes of a key in the key cache, which is that of its value in the value cache."""
     log2_page, page_bytes, bytes_of_row, first = source[2:6]
-    return page * page_bytes + (position & ((1 << log2_page) - 1)) * bytes_of_row + first
+    inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
+    return page * page_bytes + inside
 
 
 @device
 def scale_offset(source, page, position):
     """Byte offset of the word with the scale of the lane's quants of a key, in a cache of q8_0."""
     log2_page, (page_bytes, bytes_of_row, first, scales_at) = source[2], source[8]
-    at = page * page_bytes + (position & ((1 << log2_page) - 1)) * bytes_of_row + first
+    inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
+    at = page * page_bytes + inside
     return scales_at + (at & -4)
 
 
@@ -51,14 +53,16 @@ def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_di
     same for the scales of q8_0: bytes of a page and of a key, offsets in a page and of page 0).
     """
     page_table, table_stride, log2_page, scales_at = pages
-    bytes_of_row = row_bytes(k_cache, head_dim)
-    bytes_of_head = bytes_of_row << log2_page
-    first = kv_head * bytes_of_head + row_bytes(k_cache, d)
-    bytes_of_scales = 2 * ((head_dim + 31) >> 5)
-    first_scale = ((kv_head << log2_page) * bytes_of_scales) + 2 * (d >> 5)
-    scales = (kv_heads << log2_page) * bytes_of_scales, bytes_of_scales, first_scale, scales_at
+    # a page has less than 2 GiB: products of two int32 are one instruction, of int64 several
+    log2_page = s32(log2_page)
+    bytes_of_row = s32(row_bytes(k_cache, head_dim))
+    bytes_of_head = s32(bytes_of_row << log2_page)
+    first = s32(kv_head * bytes_of_head + row_bytes(k_cache, d))
+    bytes_of_scales = s32(2 * ((head_dim + 31) >> 5))
+    first_scale = s32((kv_head << log2_page) * bytes_of_scales + 2 * (d >> 5))
+    scales = s32((kv_heads << log2_page) * bytes_of_scales), bytes_of_scales, first_scale, scales_at
     return (
-        page_table, sequence * table_stride, log2_page, kv_heads * bytes_of_head, bytes_of_row, first,
+        page_table, s32(sequence * table_stride), log2_page, s32(kv_heads * bytes_of_head), bytes_of_row, first,
         address(k_cache, 0), address(v_cache, 0), scales,
     )  # fmt: skip
 
