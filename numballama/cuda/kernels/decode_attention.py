@@ -8,7 +8,7 @@ them all a float16 scale for each 32 elements of a head).
 Data layout. The keys of one head in a page are contiguous. A key is spread over `lanes` neighbouring lanes, 16 bytes
 each, and a warp holds 32 / lanes keys at once. A lane looks up the page of its next key while it computes with one
 before it. Each such group of lanes keeps a running maximum, sum of exponentials and weighted sum of values; groups are
-merged at the end in shared memory.
+merged at the end, those of a warp by shuffles, the warps in shared memory.
 
 Why. The step reads 2 · length · head_dim elements per KV head and does little arithmetic, so bandwidth is the floor:
 with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4.8 TB/s. Hence:
@@ -33,15 +33,20 @@ from ..intrinsics import (
     cp_async_wait_all,
     cp_async_wait_group,
     ex2_approx,
+    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    ld_shared_u32,
+    ld_shared_v4_f32,
     ld_shared_v4_u32,
     ld_v4_f32,
     no_unroll,
     s32,
     shared_address,
-    st_v4_f32,
+    st_shared_u32,
+    uint_as_float,
 )
+from ..mma import st_shared_v4_u32
 from ..quant_traits import per_16_bytes
 from .common import (
     FULL_MASK,
@@ -143,7 +148,7 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
     Leaves each lane's maximum, sum of exponentials and weighted values in `max_score`, `exp_sum` and `acc`. `factor` is
     log2(e) / sqrt(head_dim), since exponentials are powers of 2. A lane reads from the ring only what it copied itself,
     so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
-    one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
+    one and cannot be prefetched: it is loaded here, and the first lanes add it last.
     """
     n_elements, cached_end = per_16_bytes(k_cache), s32(min(end, position))
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
@@ -187,7 +192,6 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
             query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
         )
     cp_async_wait_all()
-    cuda.syncthreads()  # `merge_groups` writes where the ring is
 
 
 @device
@@ -203,62 +207,70 @@ def element_of(n, head_dim, heads):
 
 
 @device
-def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, n_elements):
-    """Merge the block's groups of lanes into shared memory: head h's values at h · (head_dim + 4), then its maximum and
-    its sum of exponentials.
-
-    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread per
-    element adds up.
-    """
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    log2_groups = 0
-    while lanes << log2_groups < 32:
-        log2_groups += 1
-    groups = WARPS << log2_groups
-    group = (warp << log2_groups) + (lane >> (5 - log2_groups))
-    width = head_dim + 4  # keeps rows 16-byte aligned, and their first elements in different banks
-    rows, weights = max_score.size * width, max_score.size * width * (groups + 1)
-    d = (lane & (lanes - 1)) * n_elements
-    for h in range(max_score.size):
-        at = rows + (h * groups + group) * width
-        if d < head_dim:
-            st_v4_f32(shared, at + d, acc[h, 0], acc[h, 1], acc[h, 2], acc[h, 3])
-            if n_elements == 8:
-                st_v4_f32(shared, at + d + 4, acc[h, 4], acc[h, 5], acc[h, 6], acc[h, 7])
-        if d == 0:
-            shared[at + head_dim], shared[at + head_dim + 1] = max_score[h], exp_sum[h]
-    cuda.syncthreads()
-    if warp < max_score.size:
-        new_max = LOWEST_SCORE
-        for g in range(lane, groups, 32):
-            no_unroll()
-            new_max = max(new_max, shared[rows + (warp * groups + g) * width + head_dim])
-        new_max = warp_max(new_max)
-        all_sum = np.float32(0)
-        for g in range(lane, groups, 32):
-            no_unroll()
-            at = rows + (warp * groups + g) * width + head_dim
-            weight = ex2_approx(shared[at] - new_max)
-            shared[weights + warp * groups + g] = weight
-            all_sum += shared[at + 1] * weight
-        all_sum = warp_sum(all_sum)
-        if lane == 0:
-            shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = new_max, all_sum
-    cuda.syncthreads()
-    heads = max_score.size
-    for n in range(cuda.threadIdx.x, heads * head_dim, THREADS):
+def merge_warp(max_score, exp_sum, acc, lanes):
+    """Merge the warp's groups of lanes: then each of them has the warp's maximum, sum and values."""
+    offset = lanes
+    while offset < 32:
         no_unroll()
-        h, d = element_of(n, head_dim, heads)
-        at, weight_at = rows + h * groups * width + d, weights + h * groups
-        value, other = np.float32(0), np.float32(0)
-        for g in range(0, groups, 4):
-            no_unroll()
-            value += shared[at + g * width] * shared[weight_at + g]
-            other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
-            value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
-            other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
-        shared[h * width + d] = value + other
+        for h in range(max_score.size):
+            new_max = max(max_score[h], cuda.shfl_xor_sync(FULL_MASK, max_score[h], offset))
+            weight = ex2_approx(max_score[h] - new_max)
+            max_score[h], exp_sum[h] = new_max, exp_sum[h] * weight
+            exp_sum[h] += cuda.shfl_xor_sync(FULL_MASK, exp_sum[h], offset)
+            for i in range(8):
+                acc[h, i] *= weight
+                acc[h, i] += cuda.shfl_xor_sync(FULL_MASK, acc[h, i], offset)
+        offset = s32(2 * offset)
+
+
+@device
+def put_results(max_score, exp_sum, acc, ring, shared_at, n_elements):
+    """Write the warp's results to shared memory: a lane's values to the lane's own places in the ring, so that no
+    barrier is needed before; the maximum and the sum behind the ring. Ends with a barrier.
+    """
+    thread = s32(cuda.threadIdx.x)
+    stats = s32(shared_at + STAGES * STAGE_BYTES + 8 * (thread >> 5))
+    for h in range(max_score.size):
+        slot = s32(ring + 32 * THREADS * h)
+        st_shared_f32x4(slot, acc[h, 0], acc[h, 1], acc[h, 2], acc[h, 3])
+        if n_elements == 8:
+            st_shared_f32x4(s32(slot + 16 * THREADS), acc[h, 4], acc[h, 5], acc[h, 6], acc[h, 7])
+        if thread & 31 == 0:
+            at = s32(stats + 8 * WARPS * h)
+            st_shared_u32(at, float_as_uint(max_score[h]))
+            st_shared_u32(s32(at + 4), float_as_uint(exp_sum[h]))
     cuda.syncthreads()
+
+
+@device
+def st_shared_f32x4(at, a, b, c, d):
+    """Write four float32 to a 16-byte aligned shared address."""
+    st_shared_v4_u32(at, float_as_uint(a), float_as_uint(b), float_as_uint(c), float_as_uint(d))
+
+
+@device
+def merged_element(shared_at, h, d, n_elements):
+    """(element `d` of head `h`, the head's maximum, its sum of exponentials), of all warps. Each thread computes the
+    warps' weights: sharing them would take another barrier.
+    """
+    at = s32(shared_at + 32 * THREADS * h + 4 * d)
+    if n_elements == 8:
+        at = s32(shared_at + 32 * THREADS * h + 4 * THREADS * (d & 4) + 16 * (d >> 3) + 4 * (d & 3))
+    stats = s32(shared_at + STAGES * STAGE_BYTES + 8 * WARPS * h)
+    maxima, sums = cuda.local.array(WARPS, np.float32), cuda.local.array(WARPS, np.float32)
+    new_max, new_max2 = LOWEST_SCORE, LOWEST_SCORE
+    for warp in range(0, WARPS, 2):
+        maxima[warp], sums[warp], maxima[warp + 1], sums[warp + 1] = ld_shared_v4_f32(s32(stats + 8 * warp))
+        new_max, new_max2 = max(new_max, maxima[warp]), max(new_max2, maxima[warp + 1])
+    new_max = max(new_max, new_max2)
+    value, all_sum, value2, all_sum2 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for warp in range(0, WARPS, 2):
+        weight, weight2 = ex2_approx(maxima[warp] - new_max), ex2_approx(maxima[warp + 1] - new_max)
+        value += weight * uint_as_float(ld_shared_u32(s32(at + 512 * warp)))
+        value2 += weight2 * uint_as_float(ld_shared_u32(s32(at + 512 * warp + 512)))
+        all_sum += weight * sums[warp]
+        all_sum2 += weight2 * sums[warp + 1]
+    return value + value2, new_max, all_sum + all_sum2
 
 
 @device
@@ -320,47 +332,49 @@ def split_range(length, window, part, splits):
 
 
 @device
-def write_output(
-    out,
-    partials,
-    counter,
-    first_head,
-    heads_here,
-    part,
-    splits_used,
-    splits,
-    head_dim,
-    heads,
-    shared,
-    is_last,
-):
-    """Write the result of `merge_groups`, or this block's split of it. The last block to finish merges the splits."""
-    width, part_size = head_dim + 4, head_dim + 2
+def write_output(out, partials, counter, first_head, heads_here, part, splits_used, splits, head_dim, heads, shared,
+                 shared_at, n_elements, is_last):  # fmt: skip
+    """Write the result of all warps, or this block's split of it. The last block to finish merges the splits."""
+    part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
+    n = s32(cuda.threadIdx.x)
+    while n < here:
+        no_unroll()
+        h, d = element_of(n, head_dim, heads)
+        value, max_score, all_sum = merged_element(shared_at, h, d, n_elements)
+        if splits_used > 1:
+            at = s32((first_head + h) * splits + part) * part_size
+            partials[at + d] = value
+            if d == 0:
+                partials[at + head_dim], partials[at + head_dim + 1] = max_score, all_sum
+        else:
+            out[s32(first_head + h) * head_dim + d] = value / all_sum
+        n = s32(n + THREADS)
     if splits_used > 1:
-        for n in range(cuda.threadIdx.x, heads_here * part_size, THREADS):
-            no_unroll()
-            h = n // part_size
-            i = n - h * part_size
-            partials[((first_head + h) * splits + part) * part_size + i] = shared[h * width + i]
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             is_last[0] = atom_add_1(counter) == splits_used - 1
         cuda.syncthreads()
         if is_last[0]:
-            split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
-    if splits_used == 1 or is_last[0]:
-        for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
+            merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared)
+
+
+@device
+def merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared):
+    """Write the result of all splits."""
+    split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+    part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
+    n = s32(cuda.threadIdx.x)
+    while n < here:
+        no_unroll()
+        h, d = element_of(n, head_dim, heads)
+        first, weights_at = s32((first_head + h) * splits) * part_size + d, SPLIT_WEIGHTS * h
+        value = np.float32(0)
+        for i in range(0, splits_used, 8):
             no_unroll()
-            h, d = element_of(n, head_dim, heads)
-            value, all_sum = shared[h * width + d], shared[h * width + head_dim + 1]
-            if splits_used > 1:
-                first, weights_at = (first_head + h) * splits * part_size + d, SPLIT_WEIGHTS * h
-                value, all_sum = np.float32(0), shared[weights_at + MAX_SPLITS]
-                for i in range(0, splits_used, 8):
-                    no_unroll()
-                    for j in range(8):  # the compiler unrolls this: eight loads are in flight
-                        value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
-            out[(first_head + h) * head_dim + d] = value / all_sum
+            for j in range(8):  # the compiler unrolls this: eight loads are in flight
+                value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
+        out[s32(first_head + h) * head_dim + d] = value / shared[weights_at + MAX_SPLITS]
+        n = s32(n + THREADS)
 
 
 @device
@@ -380,7 +394,8 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     kv_head, sub = s32(kv_head), s32(sub)
     first_head = s32((t * kv_heads + kv_head) * shared_by + sub * heads_a_block)
     heads_here = s32(min(heads_a_block, shared_by - sub * heads_a_block))
-    ring = s32(shared_address(shared, 4 * cuda.threadIdx.x))
+    shared_at = s32(shared_address(shared, 0))
+    ring = s32(shared_at + 16 * cuda.threadIdx.x)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
     if not early:
@@ -391,10 +406,11 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
                 factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
-    merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, per_16_bytes(k_cache))
+    merge_warp(max_score, exp_sum, acc, lanes)
+    put_results(max_score, exp_sum, acc, ring, shared_at, per_16_bytes(k_cache))
     counter = t * cuda.gridDim.x + group
     write_output(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits, head_dim,
-                 heads_a_block, shared, is_last)  # fmt: skip
+                 heads_a_block, shared, shared_at, per_16_bytes(k_cache), is_last)  # fmt: skip
     if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
         counters[counter] = 0
 

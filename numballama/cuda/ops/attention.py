@@ -39,7 +39,6 @@ from ..kernels.params import (
     PREFILL_ATTENTION_TILE,
     ROW_SPLIT_KEYS,
     SPLIT_FROM,
-    SPLIT_WEIGHTS,
     WGMMA_ATTENTION_KEYS,
     WGMMA_ATTENTION_THREADS,
     WGMMA_ATTENTION_TILE,
@@ -210,11 +209,11 @@ def _decode(
     def launch(kernel_ref: KernelRef, heads_per_block: int, blocks_of_keys: int, **more: Argument) -> Launch:
         """A launch with at most `blocks_of_keys` blocks for the keys of a head."""
         subgroups = ceil_div(shared_by, heads_per_block)
-        blocks, lane_groups = kv_heads * subgroups, ATTENTION_WARPS * (32 // lanes)
+        blocks = kv_heads * subgroups
         if tokens == 1:
             blocks_of_keys = min(blocks_of_keys, _splits(ctx, blocks, context))
-        combined = heads_per_block * max((head_dim + 4) * (lane_groups + 1) + lane_groups, SPLIT_WEIGHTS)
-        shared = max(ATTENTION_STAGES * ATTENTION_STAGE_BYTES, 4 * combined)
+        results = 8 * ATTENTION_WARPS * heads_per_block  # maxima and sums of the warps, behind the ring
+        shared = ATTENTION_STAGES * ATTENTION_STAGE_BYTES + results
         arguments = named(
             **operands, partials=partials, counters=counters, **shape, lanes=lanes, subgroups=subgroups,
             inverse_subgroups=1 / subgroups, factor=_factor(head_dim), **more,

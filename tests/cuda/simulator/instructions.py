@@ -305,6 +305,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "cp_async_wait_all": lambda: _cp_async_wait_group(0),
     "cp_async_wait_group": _cp_async_wait_group,
     "ld_shared_v4_u32": _shared_words(4),
+    "ld_shared_v4_f32": lambda where: tuple(np.array(_shared_words(4)(where)).view(np.float32)),
     "ld_shared_v2_u32": _shared_words(2),
     "ld_shared_u32": _shared_words(1),
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
