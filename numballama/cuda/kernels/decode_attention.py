@@ -13,7 +13,8 @@ merged at the end, those of a warp by shuffles, the warps in shared memory.
 Why. The step reads 2 · length · head_dim elements per KV head and does little arithmetic, so bandwidth is the floor:
 with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4.8 TB/s. Hence:
 
-- Keys come through a ring in shared memory by asynchronous copies that start before q is known.
+- Keys come through a ring in shared memory by asynchronous copies that start before q is known, all but the token's
+  own one.
 - A short context has one block per head. A long context is split over blocks (split-K, as Flash-Decoding), and query
   heads that share a KV head are computed `HEADS_PER_BLOCK` at a time, so that a key is read once for them. The block
   that finishes last merges the splits; no second kernel is launched.
@@ -55,7 +56,7 @@ from .common import (
     first_visible,
     launch_bounds,
 )
-from .kv_source import elements_of, fetch_16_bytes, load_16_bytes, page_of, source_of_keys
+from .kv_source import elements_of, fetch_16_bytes, page_of, source_of_keys
 from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
 from .params import ATTENTION_STAGES as STAGES
 from .params import ATTENTION_THREADS as THREADS
@@ -68,18 +69,14 @@ LOWEST_SCORE = np.float32(-1e30)
 
 
 @device
-def fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted):
-    """Start copying this lane's 16 bytes of two keys, at positions `p` and `p` + `step`, and of their values, to
-    `slot`. `page` and `next_page` are their pages.
+def fetch_key(slot, source, k_cache, v_cache, p, page, wanted):
+    """Start copying this lane's 16 bytes of the key at position `p`, in page `page`, and of its value to `slot`.
 
-    Zeros are written for keys that are not wanted; their addresses are not read.
+    Zeros are written for a key that is not wanted; its address is not read.
     """
     keys, values = source[6:8]
     fetch_16_bytes(slot, k_cache, keys, source, page, p, wanted)
     fetch_16_bytes(s32(slot + 16 * THREADS), v_cache, values, source, page, p, wanted)
-    fetch_16_bytes(s32(slot + 32 * THREADS), k_cache, keys, source, next_page, s32(p + step), next_wanted)
-    fetch_16_bytes(s32(slot + 48 * THREADS), v_cache, values, source, next_page, s32(p + step), next_wanted)
-    cp_async_commit()
 
 
 @device
@@ -96,17 +93,19 @@ def lane_position(begin, k_cache, head_dim, lanes):
 
 
 @device
-def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, ring):
+def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring):
     """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
-    position `p` on.
+    position `p` on, but not the one at `left_out`. The second stage is still open: its group takes more copies.
     """
-    for stage in range(STAGES):
+    for key in range(2 * STAGES):
         no_unroll()
-        wanted, next_wanted = has_elements and p < cached_end, has_elements and p + step < cached_end
-        page, next_page = page_of(source, p, wanted), page_of(source, s32(p + step), next_wanted)
-        slot = s32(ring + stage * STAGE_BYTES)
-        fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted)
-        p = s32(p + 2 * step)
+        if key == 2:
+            cp_async_commit()
+        wanted = has_elements and p < cached_end
+        page = page_of(source, p, wanted)
+        if p != left_out:
+            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, page, wanted)
+        p = s32(p + step)
 
 
 @device
@@ -141,22 +140,16 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
 
 
 @device
-def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes, factor, max_score,
-                exp_sum, acc, ring, new_page):  # fmt: skip
-    """Attend to this warp's share of keys [begin, end) for `max_score.size` heads.
+def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes, factor, max_score, exp_sum,
+                acc, ring):  # fmt: skip
+    """Attend to this warp's share of keys [begin, end) for `max_score.size` heads. There is at least one.
 
     Leaves each lane's maximum, sum of exponentials and weighted values in `max_score`, `exp_sum` and `acc`. `factor` is
     log2(e) / sqrt(head_dim), since exponentials are powers of 2. A lane reads from the ring only what it copied itself,
-    so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
-    one and cannot be prefetched: it is loaded here, and the first lanes add it last.
+    so no barrier is needed.
     """
-    n_elements, cached_end = per_16_bytes(k_cache), s32(min(end, position))
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
-    keys, values = source[6:8]
-    blocks, block = s32((head_dim + 31) >> 5), s32(d >> 5)
-    odd = s32((p * blocks + block) & 1)  # of all of the lane's keys: `step` is even
-    new_key = load_16_bytes(k_cache, keys, source, new_page, position)
-    new_value = load_16_bytes(v_cache, values, source, new_page, position)
+    odd = s32((p * s32((head_dim + 31) >> 5) + s32(d >> 5)) & 1)  # of all of the lane's keys: `step` is even
     query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     for h in range(max_score.size):
         max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
@@ -166,32 +159,34 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
             low = ld_v4_f32(q, q_at + h * head_dim + d)
             for i in range(4):
                 query[h, i] = low[i] * factor
-            if n_elements == 8:
+            if per_16_bytes(k_cache) == 8:
                 high = ld_v4_f32(q, q_at + h * head_dim + d + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    slot, ahead, at = ring, s32(p + 2 * STAGES * step), begin
-    while at < cached_end:
-        at = s32(at + 2 * step)
-        wanted, next_wanted = has_elements and ahead < cached_end, has_elements and ahead + step < cached_end
-        page, next_page = page_of(source, ahead, wanted), page_of(source, s32(ahead + step), next_wanted)
-        cp_async_wait_group(1)
+    slot, ahead, left = ring, s32(p + 2 * STAGES * step), s32(end - begin)
+    page, next_page = s32(0), s32(0)
+    while left > 0:
+        more = left > 2 * STAGES * step  # for all warps: most contexts end before a stage is used again
+        if more:
+            page = page_of(source, ahead, has_elements and ahead < end)
+            next_page = page_of(source, s32(ahead + step), has_elements and ahead + step < end)
+        if left > 2 * step:
+            cp_async_wait_group(1)
+        else:
+            cp_async_wait_all()
         key = elements_of(k_cache, ld_shared_v4_u32(slot), odd)
         value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 16 * THREADS)), odd)
         next_key = elements_of(k_cache, ld_shared_v4_u32(s32(slot + 32 * THREADS)), odd)
         next_value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 48 * THREADS)), odd)
-        online_softmax_update(query, key, next_key, value, next_value, p < cached_end, p + step <
-                              cached_end, lanes, max_score, exp_sum, acc)  # fmt: skip
-        fetch_keys(slot, source, k_cache, v_cache, ahead, step, page, next_page, wanted, next_wanted)
+        online_softmax_update(query, key, next_key, value, next_value, p < end, p + step < end, lanes, max_score,
+                              exp_sum, acc)  # fmt: skip
+        if more:
+            fetch_key(slot, source, k_cache, v_cache, ahead, page, has_elements and ahead < end)
+            fetch_key(s32(slot + 32 * THREADS), source, k_cache, v_cache, s32(ahead + step), next_page,
+                      has_elements and ahead + step < end)  # fmt: skip
+            cp_async_commit()
         slot = s32(ring + STAGE_BYTES) if slot == ring else ring
-        p, ahead = s32(p + 2 * step), s32(ahead + 2 * step)
-    if cached_end < end and cuda.threadIdx.x < 32:
-        odd = s32((position * blocks + block) & 1)
-        key, value = elements_of(k_cache, new_key, odd), elements_of(v_cache, new_value, odd)
-        online_softmax_update(
-            query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
-        )
-    cp_async_wait_all()
+        p, ahead, left = s32(p + 2 * step), s32(ahead + 2 * step), s32(left - 2 * step)
 
 
 @device
@@ -398,13 +393,25 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     ring = s32(shared_at + 16 * cuda.threadIdx.x)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
-    if not early:
+    # the token's own key is written by the kernel before this one: it is copied when that has finished
+    cached_end, left_out = end, s32(-1)
+    if early:
+        cached_end = s32(min(end, position))
+        left_out = position if has_elements and position < end else s32(-1)
+    else:
         griddepcontrol_wait()
-    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, s32(min(end, position)), ring)
-    new_page = page_of(source, position, True)
-    griddepcontrol_wait()
-    attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
-                factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
+    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring)
+    if early:
+        apart = s32(position - p)
+        own = left_out >= 0 and apart >= 0 and apart & (step - 1) == 0 and apart < 2 * STAGES * step
+        new_page = page_of(source, position, own)
+        new_slot = s32(ring + 32 * lanes * apart)  # every `step` keys the next place
+        griddepcontrol_wait()
+        if own:
+            fetch_key(new_slot, source, k_cache, v_cache, position, new_page, True)
+    cp_async_commit()
+    attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes, factor,
+                max_score, exp_sum, acc, ring)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
     merge_warp(max_score, exp_sum, acc, lanes)
     put_results(max_score, exp_sum, acc, ring, shared_at, per_16_bytes(k_cache))

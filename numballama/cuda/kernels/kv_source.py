@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, ld_global_u32, ld_global_v4_u32, s32
+from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, s32
 from ..quant_traits import is_q8_0, unpack8
 from .common import device
 
@@ -75,16 +75,6 @@ def fetch_16_bytes(slot, cache, base, source, page, position, wanted):
         cp_async_4(slot + 8, base + scale_offset(source, page, position), 4 if wanted else 0)
     else:
         cp_async_16(slot, base + key_offset(source, page, position), 16 if wanted else 0)
-
-
-@device
-def load_16_bytes(cache, base, source, page, position):
-    """What `fetch_16_bytes` would copy, as four words."""
-    at = base + key_offset(source, page, position)
-    if is_q8_0(cache):
-        scale = ld_global_u32(base + scale_offset(source, page, position))
-        return ld_global_u32(at), ld_global_u32(at + 4), scale, np.uint32(0)
-    return ld_global_v4_u32(at)
 
 
 @device
