@@ -120,6 +120,23 @@ def s32(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def mad_wide_s32(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """mad.wide.s32: a · b + c in 64 bits, of two int32 and an int64. The compiler takes several instructions for such a
+    product if the numbers come from another block of the program.
+    """
+    if not all(isinstance(number, types.Integer) for number in (a, b, c)):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = types.int32, types.int32, types.int64
+        values = [as_integer(context, builder, *each) for each in zip(args, (a, b, c), kinds, strict=True)]
+        asm = ir.InlineAsm(ir.FunctionType(I64, [I32, I32, I64]), "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l")
+        return builder.call(asm, values)
+
+    return types.int64(a, b, c), codegen
+
+
+@intrinsic
 def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """Reinterpret 32 bits as float32 (mov.b32)."""
 

@@ -41,6 +41,7 @@ from ..intrinsics import (
     ld_shared_v4_f32,
     ld_shared_v4_u32,
     ld_v4_f32,
+    mad_wide_s32,
     no_unroll,
     s32,
     shared_address,
@@ -120,11 +121,11 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
         for i in range(8):
             score += query[h, i] * key[i]
             next_score += query[h, i] * next_key[i]
-        offset = lanes >> 1
+        offset = s32(lanes >> 1)
         while offset > 0:
             score += cuda.shfl_xor_sync(FULL_MASK, score, offset)
             next_score += cuda.shfl_xor_sync(FULL_MASK, next_score, offset)
-            offset >>= 1
+            offset = s32(offset >> 1)
         if not valid:
             score = LOWEST_SCORE
         if not next_valid:
@@ -156,21 +157,23 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_
         for i in range(8):
             query[h, i], acc[h, i] = np.float32(0), np.float32(0)
         if has_elements and h < heads_here:
-            low = ld_v4_f32(q, q_at + h * head_dim + d)
+            at = s32(q_at + h * head_dim + d)
+            low = ld_v4_f32(q, at)
             for i in range(4):
                 query[h, i] = low[i] * factor
             if per_16_bytes(k_cache) == 8:
-                high = ld_v4_f32(q, q_at + h * head_dim + d + 4)
+                high = ld_v4_f32(q, at + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
     slot, ahead, left = ring, s32(p + 2 * STAGES * step), s32(end - begin)
+    stage_keys, ring_keys = s32(2 * step), s32(2 * STAGES * step)
     page, next_page = s32(0), s32(0)
     while left > 0:
-        more = left > 2 * STAGES * step  # for all warps: most contexts end before a stage is used again
+        more = left > ring_keys  # for all warps: most contexts end before a stage is used again
         if more:
             page = page_of(source, ahead, has_elements and ahead < end)
-            next_page = page_of(source, s32(ahead + step), has_elements and ahead + step < end)
-        if left > 2 * step:
+            next_page = page_of(source, s32(ahead + step), has_elements and s32(ahead + step) < end)
+        if left > stage_keys:
             cp_async_wait_group(1)
         else:
             cp_async_wait_all()
@@ -178,15 +181,15 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_
         value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 16 * THREADS)), odd)
         next_key = elements_of(k_cache, ld_shared_v4_u32(s32(slot + 32 * THREADS)), odd)
         next_value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 48 * THREADS)), odd)
-        online_softmax_update(query, key, next_key, value, next_value, p < end, p + step < end, lanes, max_score,
+        online_softmax_update(query, key, next_key, value, next_value, p < end, s32(p + step) < end, lanes, max_score,
                               exp_sum, acc)  # fmt: skip
         if more:
             fetch_key(slot, source, k_cache, v_cache, ahead, page, has_elements and ahead < end)
             fetch_key(s32(slot + 32 * THREADS), source, k_cache, v_cache, s32(ahead + step), next_page,
-                      has_elements and ahead + step < end)  # fmt: skip
+                      has_elements and s32(ahead + step) < end)  # fmt: skip
             cp_async_commit()
         slot = s32(ring + STAGE_BYTES) if slot == ring else ring
-        p, ahead, left = s32(p + 2 * step), s32(ahead + 2 * step), s32(left - 2 * step)
+        p, ahead, left = s32(p + stage_keys), s32(ahead + stage_keys), s32(left - stage_keys)
 
 
 @device
@@ -330,27 +333,30 @@ def split_range(length, window, part, splits):
 def write_output(out, partials, counter, first_head, heads_here, part, splits_used, splits, head_dim, heads, shared,
                  shared_at, n_elements, is_last):  # fmt: skip
     """Write the result of all warps, or this block's split of it. The last block to finish merges the splits."""
-    part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
-    n = s32(cuda.threadIdx.x)
+    n, here = s32(cuda.threadIdx.x), s32(heads_here * head_dim)
+    if splits_used == 1:
+        while n < here:
+            no_unroll()
+            h, d = element_of(n, head_dim, heads)
+            value, _, all_sum = merged_element(shared_at, h, d, n_elements)
+            out[s32((first_head + h) * head_dim + d)] = value / all_sum
+            n = s32(n + THREADS)
+        return
     while n < here:
         no_unroll()
         h, d = element_of(n, head_dim, heads)
         value, max_score, all_sum = merged_element(shared_at, h, d, n_elements)
-        if splits_used > 1:
-            at = s32((first_head + h) * splits + part) * part_size
-            partials[at + d] = value
-            if d == 0:
-                partials[at + head_dim], partials[at + head_dim + 1] = max_score, all_sum
-        else:
-            out[s32(first_head + h) * head_dim + d] = value / all_sum
+        at = mad_wide_s32(s32((first_head + h) * splits + part), s32(head_dim + 2), d)
+        partials[at] = value
+        if d == 0:
+            partials[at + head_dim], partials[at + head_dim + 1] = max_score, all_sum
         n = s32(n + THREADS)
-    if splits_used > 1:
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 0:
-            is_last[0] = atom_add_1(counter) == splits_used - 1
-        cuda.syncthreads()
-        if is_last[0]:
-            merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared)
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        is_last[0] = atom_add_1(counter) == splits_used - 1
+    cuda.syncthreads()
+    if is_last[0]:
+        merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared)
 
 
 @device
@@ -362,13 +368,13 @@ def merge_splits(out, partials, first_head, heads_here, splits_used, splits, hea
     while n < here:
         no_unroll()
         h, d = element_of(n, head_dim, heads)
-        first, weights_at = s32((first_head + h) * splits) * part_size + d, SPLIT_WEIGHTS * h
+        first, weights_at = mad_wide_s32(s32((first_head + h) * splits), part_size, d), s32(SPLIT_WEIGHTS * h)
         value = np.float32(0)
         for i in range(0, splits_used, 8):
             no_unroll()
             for j in range(8):  # the compiler unrolls this: eight loads are in flight
                 value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
-        out[s32(first_head + h) * head_dim + d] = value / shared[weights_at + MAX_SPLITS]
+        out[s32((first_head + h) * head_dim + d)] = value / shared[weights_at + MAX_SPLITS]
         n = s32(n + THREADS)
 
 
@@ -388,7 +394,9 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     kv_head, sub = fast_divmod(group, subgroups, inverse_subgroups)
     kv_head, sub = s32(kv_head), s32(sub)
     first_head = s32((t * kv_heads + kv_head) * shared_by + sub * heads_a_block)
-    heads_here = s32(min(heads_a_block, shared_by - sub * heads_a_block))
+    heads_here = s32(1)
+    if heads_a_block > 1:
+        heads_here = s32(min(heads_a_block, shared_by - sub * heads_a_block))
     shared_at = s32(shared_address(shared, 0))
     ring = s32(shared_at + 16 * cuda.threadIdx.x)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
@@ -410,8 +418,8 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
         if own:
             fetch_key(new_slot, source, k_cache, v_cache, position, new_page, True)
     cp_async_commit()
-    attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes, factor,
-                max_score, exp_sum, acc, ring)  # fmt: skip
+    attend_keys(q, s32(first_head * head_dim), heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes,
+                factor, max_score, exp_sum, acc, ring)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
     merge_warp(max_score, exp_sum, acc, lanes)
     put_results(max_score, exp_sum, acc, ring, shared_at, per_16_bytes(k_cache))

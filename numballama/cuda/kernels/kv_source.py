@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, s32
+from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, mad_wide_s32, s32
 from ..quant_traits import is_q8_0, unpack8
 from .common import device
 
@@ -30,20 +30,19 @@ def page_of(source, position, wanted):
 
 
 @device
-def key_offset(source, page, position):
-    """Byte offset of the lane's 16 bytes of a key in the key cache, which is that of its value in the value cache."""
+def key_address(base, source, page, position):
+    """Address of the lane's 16 bytes of a key or value, in the cache at `base`."""
     log2_page, page_bytes, bytes_of_row, first = source[2:6]
     inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
-    return page * page_bytes + inside
+    return mad_wide_s32(page, page_bytes, base + inside)
 
 
 @device
-def scale_offset(source, page, position):
-    """Byte offset of the word with the scale of the lane's quants of a key, in a cache of q8_0."""
+def scale_address(base, source, page, position):
+    """Address of the word with the scale of the lane's quants of a key or value, in a cache of q8_0."""
     log2_page, (page_bytes, bytes_of_row, first, scales_at) = source[2], source[8]
     inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
-    at = page * page_bytes + inside
-    return scales_at + (at & -4)
+    return base + scales_at + (mad_wide_s32(page, page_bytes, inside) & -4)
 
 
 @device
@@ -53,7 +52,7 @@ def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_di
     same for the scales of q8_0: bytes of a page and of a key, offsets in a page and of page 0).
     """
     page_table, table_stride, log2_page, scales_at = pages
-    # a page has less than 2 GiB: products of two int32 are one instruction, of int64 several
+    # a page has less than 2 GiB: a product of two int32 is one instruction, of int64 several
     log2_page = s32(log2_page)
     bytes_of_row = s32(row_bytes(k_cache, head_dim))
     bytes_of_head = s32(bytes_of_row << log2_page)
@@ -71,10 +70,10 @@ def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_di
 def fetch_16_bytes(slot, cache, base, source, page, position, wanted):
     """Start copying the lane's part of a key or value to `slot`: 16 bytes, or 8 quants and the word of their scale."""
     if is_q8_0(cache):
-        cp_async_8(slot, base + key_offset(source, page, position), 8 if wanted else 0)
-        cp_async_4(slot + 8, base + scale_offset(source, page, position), 4 if wanted else 0)
+        cp_async_8(slot, key_address(base, source, page, position), 8 if wanted else 0)
+        cp_async_4(slot + 8, scale_address(base, source, page, position), 4 if wanted else 0)
     else:
-        cp_async_16(slot, base + key_offset(source, page, position), 16 if wanted else 0)
+        cp_async_16(slot, key_address(base, source, page, position), 16 if wanted else 0)
 
 
 @device

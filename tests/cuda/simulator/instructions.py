@@ -267,6 +267,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_v4_f32": _ld_v4_f32,
     "st_v4_f32": _st_v4_f32,
     "s32": int,
+    "mad_wide_s32": lambda a, b, c: int(a) * int(b) + int(c),
     "uint_as_float": lambda bits: np.uint32(bits).view(np.float32),
     "float_as_uint": lambda number: np.float32(number).view(np.uint32),
     "cvt_f32_f16": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
