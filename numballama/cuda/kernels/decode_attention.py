@@ -33,7 +33,9 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
+    div_full,
     ex2_approx,
+    ex2_approx_ftz,
     float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
@@ -66,7 +68,9 @@ from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPL
 from .reduce import warp_max, warp_sum
 
 LOWEST_SCORE = np.float32(-1e30)
-"""Score of a key that does not exist, and maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
+"""Maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
+NO_SCORE = np.float32(-np.inf)
+"""Score of a key that does not exist: its exponential is 0 whatever the maximum."""
 
 
 @device
@@ -127,13 +131,12 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
             next_score += cuda.shfl_xor_sync(FULL_MASK, next_score, offset)
             offset = s32(offset >> 1)
         if not valid:
-            score = LOWEST_SCORE
+            score = NO_SCORE
         if not next_valid:
-            next_score = LOWEST_SCORE
+            next_score = NO_SCORE
         new_max = max(max_score[h], max(score, next_score))
-        rescale = ex2_approx(max_score[h] - new_max)
-        weight = ex2_approx(score - new_max) if valid else np.float32(0)
-        next_weight = ex2_approx(next_score - new_max) if next_valid else np.float32(0)
+        rescale = ex2_approx_ftz(max_score[h] - new_max)
+        weight, next_weight = ex2_approx_ftz(score - new_max), ex2_approx_ftz(next_score - new_max)
         max_score[h] = new_max
         exp_sum[h] = exp_sum[h] * rescale + (weight + next_weight)
         for i in range(8):
@@ -212,7 +215,7 @@ def merge_warp(max_score, exp_sum, acc, lanes):
         no_unroll()
         for h in range(max_score.size):
             new_max = max(max_score[h], cuda.shfl_xor_sync(FULL_MASK, max_score[h], offset))
-            weight = ex2_approx(max_score[h] - new_max)
+            weight = ex2_approx_ftz(max_score[h] - new_max)
             max_score[h], exp_sum[h] = new_max, exp_sum[h] * weight
             exp_sum[h] += cuda.shfl_xor_sync(FULL_MASK, exp_sum[h], offset)
             for i in range(8):
@@ -263,7 +266,7 @@ def merged_element(shared_at, h, d, n_elements):
     new_max = max(new_max, new_max2)
     value, all_sum, value2, all_sum2 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for warp in range(0, WARPS, 2):
-        weight, weight2 = ex2_approx(maxima[warp] - new_max), ex2_approx(maxima[warp + 1] - new_max)
+        weight, weight2 = ex2_approx_ftz(maxima[warp] - new_max), ex2_approx_ftz(maxima[warp + 1] - new_max)
         value += weight * uint_as_float(ld_shared_u32(s32(at + 512 * warp)))
         value2 += weight2 * uint_as_float(ld_shared_u32(s32(at + 512 * warp + 512)))
         all_sum += weight * sums[warp]
@@ -339,7 +342,7 @@ def write_output(out, partials, counter, first_head, heads_here, part, splits_us
             no_unroll()
             h, d = element_of(n, head_dim, heads)
             value, _, all_sum = merged_element(shared_at, h, d, n_elements)
-            out[s32((first_head + h) * head_dim + d)] = value / all_sum
+            out[s32((first_head + h) * head_dim + d)] = div_full(value, all_sum)
             n = s32(n + THREADS)
         return
     while n < here:
@@ -374,7 +377,7 @@ def merge_splits(out, partials, first_head, heads_here, splits_used, splits, hea
             no_unroll()
             for j in range(8):  # the compiler unrolls this: eight loads are in flight
                 value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
-        out[s32((first_head + h) * head_dim + d)] = value / shared[weights_at + MAX_SPLITS]
+        out[s32((first_head + h) * head_dim + d)] = div_full(value, shared[weights_at + MAX_SPLITS])
         n = s32(n + THREADS)
 
 

@@ -256,6 +256,11 @@ def _cvt_rni_s32(x: Any) -> int:
     return 0 if math.isnan(number) else round(min(max(number, -(2.0**31)), 2.0**31 - 1))  # half to even
 
 
+def _ex2_approx_ftz(x: Any) -> Any:
+    power = np.exp2(np.float32(x))
+    return np.float32(0) if power < np.finfo(np.float32).tiny else power
+
+
 def _prmt_byte_planes(*numbers: int) -> tuple[Any, ...]:
     rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
@@ -278,6 +283,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "cvt_rni_s32": _cvt_rni_s32,
     "prmt_byte_planes": _prmt_byte_planes,
     "ex2_approx": lambda x: np.exp2(np.float32(x)),
+    "ex2_approx_ftz": _ex2_approx_ftz,
     "div_full": lambda a, b: np.float32(a) / np.float32(b),
     "rsqrt_approx": lambda x: np.float32(1) / np.sqrt(np.float32(x)),
     "cvt_f32_s8": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
