@@ -120,16 +120,19 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
     A lane has part of each key's elements, so scores are summed over the key's lanes. `valid` and `next_valid` tell
     whether the keys exist.
     """
+    scores = cuda.local.array((HEADS_PER_BLOCK, 2), np.float32)
     for h in range(max_score.size):
-        score, next_score = np.float32(0), np.float32(0)
+        scores[h, 0], scores[h, 1] = np.float32(0), np.float32(0)
         for i in range(8):
-            score += query[h, i] * key[i]
-            next_score += query[h, i] * next_key[i]
-        offset = s32(lanes >> 1)
-        while offset > 0:
-            score += cuda.shfl_xor_sync(FULL_MASK, score, offset)
-            next_score += cuda.shfl_xor_sync(FULL_MASK, next_score, offset)
-            offset = s32(offset >> 1)
+            scores[h, 0] += query[h, i] * key[i]
+            scores[h, 1] += query[h, i] * next_key[i]
+    for log2 in range(4, -1, -1):  # unrolled by the compiler: shuffles of all heads side by side
+        if lanes >> log2 > 1:
+            for h in range(max_score.size):
+                scores[h, 0] += cuda.shfl_xor_sync(FULL_MASK, scores[h, 0], 1 << log2)
+                scores[h, 1] += cuda.shfl_xor_sync(FULL_MASK, scores[h, 1], 1 << log2)
+    for h in range(max_score.size):
+        score, next_score = scores[h, 0], scores[h, 1]
         if not valid:
             score = NO_SCORE
         if not next_valid:
