@@ -302,6 +302,17 @@ def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), codegen
 
 
+@intrinsic
+def ex2_approx_ftz(typingctx, x):  # type: ignore[no-untyped-def]
+    """ex2.approx.ftz.f32: the same, but 0 below 2^-126: one instruction instead of four."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+        return builder.call(asm, args)
+
+    return types.float32(types.float32), codegen
+
+
 # Asynchronous copies from global to shared memory
 
 

@@ -8,12 +8,13 @@ them all a float16 scale for each 32 elements of a head).
 Data layout. The keys of one head in a page are contiguous. A key is spread over `lanes` neighbouring lanes, 16 bytes
 each, and a warp holds 32 / lanes keys at once. A lane looks up the page of its next key while it computes with one
 before it. Each such group of lanes keeps a running maximum, sum of exponentials and weighted sum of values; groups are
-merged at the end in shared memory.
+merged at the end, those of a warp by shuffles, the warps in shared memory.
 
 Why. The step reads 2 · length · head_dim elements per KV head and does little arithmetic, so bandwidth is the floor:
 with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4.8 TB/s. Hence:
 
-- Keys come through a ring in shared memory by asynchronous copies that start before q is known.
+- Keys come through a ring in shared memory by asynchronous copies that start before q is known, all but the token's
+  own one.
 - A short context has one block per head. A long context is split over blocks (split-K, as Flash-Decoding), and query
   heads that share a KV head are computed `HEADS_PER_BLOCK` at a time, so that a key is read once for them. The block
   that finishes last merges the splits; no second kernel is launched.
@@ -22,8 +23,6 @@ with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numba import cuda
@@ -34,25 +33,33 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
+    div_full,
     ex2_approx,
+    ex2_approx_ftz,
+    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    ld_shared_u32,
+    ld_shared_v4_f32,
     ld_shared_v4_u32,
     ld_v4_f32,
+    mad_wide_s32,
     no_unroll,
+    s32,
     shared_address,
-    st_v4_f32,
+    st_shared_u32,
+    uint_as_float,
 )
+from ..mma import st_shared_v4_u32
 from ..quant_traits import per_16_bytes
 from .common import (
     FULL_MASK,
-    LOG2_E,
     device,
     fast_divmod,
     first_visible,
     launch_bounds,
 )
-from .kv_source import elements_of, fetch_16_bytes, load_16_bytes, page_of, source_of_keys
+from .kv_source import elements_of, fetch_16_bytes, page_of, source_of_keys
 from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
 from .params import ATTENTION_STAGES as STAGES
 from .params import ATTENTION_THREADS as THREADS
@@ -61,22 +68,20 @@ from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPL
 from .reduce import warp_max, warp_sum
 
 LOWEST_SCORE = np.float32(-1e30)
-"""Score of a key that does not exist, and maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
+"""Maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
+NO_SCORE = np.float32(-np.inf)
+"""Score of a key that does not exist: its exponential is 0 whatever the maximum."""
 
 
 @device
-def fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted):
-    """Start copying this lane's 16 bytes of two keys, at positions `p` and `p` + `step`, and of their values, to
-    `slot`. `page` and `next_page` are their pages.
+def fetch_key(slot, source, k_cache, v_cache, p, page, wanted):
+    """Start copying this lane's 16 bytes of the key at position `p`, in page `page`, and of its value to `slot`.
 
-    Zeros are written for keys that are not wanted; their addresses are not read.
+    Zeros are written for a key that is not wanted; its address is not read.
     """
     keys, values = source[6:8]
     fetch_16_bytes(slot, k_cache, keys, source, page, p, wanted)
-    fetch_16_bytes(slot + 16 * THREADS, v_cache, values, source, page, p, wanted)
-    fetch_16_bytes(slot + 32 * THREADS, k_cache, keys, source, next_page, p + step, next_wanted)
-    fetch_16_bytes(slot + 48 * THREADS, v_cache, values, source, next_page, p + step, next_wanted)
-    cp_async_commit()
+    fetch_16_bytes(s32(slot + 16 * THREADS), v_cache, values, source, page, p, wanted)
 
 
 @device
@@ -84,25 +89,28 @@ def lane_position(begin, k_cache, head_dim, lanes):
     """This lane's share of the keys from `begin` on: (first key, distance to the next key, first element of each key,
     whether it has any). `head_dim` may be smaller than the lanes have room for.
     """
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    keys_at_once = 32 // lanes
-    d = (lane & (lanes - 1)) * per_16_bytes(k_cache)
+    # `lanes` is a power of two: groups of lanes are numbered through all warps
+    log2_lanes = s32(cuda.popc(s32(lanes - 1)))
+    d = s32((cuda.threadIdx.x & (lanes - 1)) * per_16_bytes(k_cache))
     has_elements = d < head_dim
-    return begin + warp * keys_at_once + lane // lanes, WARPS * keys_at_once, d if has_elements else 0, has_elements
+    p = s32(begin + (cuda.threadIdx.x >> log2_lanes))
+    return p, s32(THREADS >> log2_lanes), d if has_elements else s32(0), has_elements
 
 
 @device
-def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, ring):
+def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring):
     """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
-    position `p` on.
+    position `p` on, but not the one at `left_out`. The second stage is still open: its group takes more copies.
     """
-    for stage in range(STAGES):
+    for key in range(2 * STAGES):
         no_unroll()
-        wanted, next_wanted = has_elements and p < cached_end, has_elements and p + step < cached_end
-        page, next_page = page_of(source, p, wanted), page_of(source, p + step, next_wanted)
-        slot = ring + stage * STAGE_BYTES
-        fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted)
-        p += 2 * step
+        if key == 2:
+            cp_async_commit()
+        wanted = has_elements and p < cached_end
+        page = page_of(source, p, wanted)
+        if p != left_out:
+            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, page, wanted)
+        p = s32(p + step)
 
 
 @device
@@ -112,24 +120,26 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
     A lane has part of each key's elements, so scores are summed over the key's lanes. `valid` and `next_valid` tell
     whether the keys exist.
     """
+    scores = cuda.local.array((HEADS_PER_BLOCK, 2), np.float32)
     for h in range(max_score.size):
-        score, next_score = np.float32(0), np.float32(0)
+        scores[h, 0], scores[h, 1] = np.float32(0), np.float32(0)
         for i in range(8):
-            score += query[h, i] * key[i]
-            next_score += query[h, i] * next_key[i]
-        offset = lanes >> 1
-        while offset > 0:
-            score += cuda.shfl_xor_sync(FULL_MASK, score, offset)
-            next_score += cuda.shfl_xor_sync(FULL_MASK, next_score, offset)
-            offset >>= 1
+            scores[h, 0] += query[h, i] * key[i]
+            scores[h, 1] += query[h, i] * next_key[i]
+    for log2 in range(4, -1, -1):  # unrolled by the compiler: shuffles of all heads side by side
+        if lanes >> log2 > 1:
+            for h in range(max_score.size):
+                scores[h, 0] += cuda.shfl_xor_sync(FULL_MASK, scores[h, 0], 1 << log2)
+                scores[h, 1] += cuda.shfl_xor_sync(FULL_MASK, scores[h, 1], 1 << log2)
+    for h in range(max_score.size):
+        score, next_score = scores[h, 0], scores[h, 1]
         if not valid:
-            score = LOWEST_SCORE
+            score = NO_SCORE
         if not next_valid:
-            next_score = LOWEST_SCORE
+            next_score = NO_SCORE
         new_max = max(max_score[h], max(score, next_score))
-        rescale = ex2_approx(max_score[h] - new_max)
-        weight = ex2_approx(score - new_max) if valid else np.float32(0)
-        next_weight = ex2_approx(next_score - new_max) if next_valid else np.float32(0)
+        rescale = ex2_approx_ftz(max_score[h] - new_max)
+        weight, next_weight = ex2_approx_ftz(score - new_max), ex2_approx_ftz(next_score - new_max)
         max_score[h] = new_max
         exp_sum[h] = exp_sum[h] * rescale + (weight + next_weight)
         for i in range(8):
@@ -137,116 +147,134 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
 
 
 @device
-def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes, factor, max_score,
-                exp_sum, acc, ring, new_page):  # fmt: skip
-    """Attend to this warp's share of keys [begin, end) for `max_score.size` heads.
+def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes, factor, max_score, exp_sum,
+                acc, ring):  # fmt: skip
+    """Attend to this warp's share of keys [begin, end) for `max_score.size` heads. There is at least one.
 
     Leaves each lane's maximum, sum of exponentials and weighted values in `max_score`, `exp_sum` and `acc`. `factor` is
     log2(e) / sqrt(head_dim), since exponentials are powers of 2. A lane reads from the ring only what it copied itself,
-    so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
-    one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
+    so no barrier is needed.
     """
-    n_elements, cached_end = per_16_bytes(k_cache), min(end, position)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
-    keys, values = source[6:8]
-    blocks, block = (head_dim + 31) >> 5, d >> 5
-    odd = (p * blocks + block) & 1  # of all of the lane's keys: `step` is even
-    new_key = load_16_bytes(k_cache, keys, source, new_page, position)
-    new_value = load_16_bytes(v_cache, values, source, new_page, position)
+    odd = s32((p * s32((head_dim + 31) >> 5) + s32(d >> 5)) & 1)  # of all of the lane's keys: `step` is even
     query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     for h in range(max_score.size):
         max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
         for i in range(8):
             query[h, i], acc[h, i] = np.float32(0), np.float32(0)
         if has_elements and h < heads_here:
-            low = ld_v4_f32(q, q_at + h * head_dim + d)
+            at = s32(q_at + h * head_dim + d)
+            low = ld_v4_f32(q, at)
             for i in range(4):
                 query[h, i] = low[i] * factor
-            if n_elements == 8:
-                high = ld_v4_f32(q, q_at + h * head_dim + d + 4)
+            if per_16_bytes(k_cache) == 8:
+                high = ld_v4_f32(q, at + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    slot, ahead = ring, p + 2 * STAGES * step
-    for _ in range(begin, cached_end, 2 * step):
-        wanted, next_wanted = has_elements and ahead < cached_end, has_elements and ahead + step < cached_end
-        page, next_page = page_of(source, ahead, wanted), page_of(source, ahead + step, next_wanted)
-        cp_async_wait_group(1)
+    slot, ahead, left = ring, s32(p + 2 * STAGES * step), s32(end - begin)
+    stage_keys, ring_keys = s32(2 * step), s32(2 * STAGES * step)
+    page, next_page = s32(0), s32(0)
+    while left > 0:
+        more = left > ring_keys  # for all warps: most contexts end before a stage is used again
+        if more:
+            page = page_of(source, ahead, has_elements and ahead < end)
+            next_page = page_of(source, s32(ahead + step), has_elements and s32(ahead + step) < end)
+        if left > stage_keys:
+            cp_async_wait_group(1)
+        else:
+            cp_async_wait_all()
         key = elements_of(k_cache, ld_shared_v4_u32(slot), odd)
-        value = elements_of(v_cache, ld_shared_v4_u32(slot + 16 * THREADS), odd)
-        next_key = elements_of(k_cache, ld_shared_v4_u32(slot + 32 * THREADS), odd)
-        next_value = elements_of(v_cache, ld_shared_v4_u32(slot + 48 * THREADS), odd)
-        online_softmax_update(query, key, next_key, value, next_value, p < cached_end, p + step <
-                              cached_end, lanes, max_score, exp_sum, acc)  # fmt: skip
-        fetch_keys(slot, source, k_cache, v_cache, ahead, step, page, next_page, wanted, next_wanted)
-        slot = ring + STAGE_BYTES if slot == ring else ring
-        p += 2 * step
-        ahead += 2 * step
-    if cached_end < end and cuda.threadIdx.x < 32:
-        odd = (position * blocks + block) & 1
-        key, value = elements_of(k_cache, new_key, odd), elements_of(v_cache, new_value, odd)
-        online_softmax_update(
-            query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
-        )
-    cp_async_wait_all()
-    cuda.syncthreads()  # `merge_groups` writes where the ring is
+        value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 16 * THREADS)), odd)
+        next_key = elements_of(k_cache, ld_shared_v4_u32(s32(slot + 32 * THREADS)), odd)
+        next_value = elements_of(v_cache, ld_shared_v4_u32(s32(slot + 48 * THREADS)), odd)
+        online_softmax_update(query, key, next_key, value, next_value, p < end, s32(p + step) < end, lanes, max_score,
+                              exp_sum, acc)  # fmt: skip
+        if more:
+            fetch_key(slot, source, k_cache, v_cache, ahead, page, has_elements and ahead < end)
+            fetch_key(s32(slot + 32 * THREADS), source, k_cache, v_cache, s32(ahead + step), next_page,
+                      has_elements and s32(ahead + step) < end)  # fmt: skip
+            cp_async_commit()
+        slot = s32(ring + STAGE_BYTES) if slot == ring else ring
+        p, ahead, left = s32(p + stage_keys), s32(ahead + stage_keys), s32(left - stage_keys)
 
 
 @device
-def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, n_elements):
-    """Merge the block's groups of lanes into shared memory: head h's values at h · (head_dim + 4), then its maximum and
-    its sum of exponentials.
-
-    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread per
-    element adds up.
+def element_of(n, head_dim, heads):
+    """(head, element of it) of element `n` of a block's `heads` heads, a constant: of one head there is nothing to
+    compute.
     """
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    log2_groups = 0
-    while lanes << log2_groups < 32:
-        log2_groups += 1
-    groups = WARPS << log2_groups
-    group = (warp << log2_groups) + (lane >> (5 - log2_groups))
-    width = head_dim + 4  # keeps rows 16-byte aligned, and their first elements in different banks
-    rows, weights = max_score.size * width, max_score.size * width * (groups + 1)
-    d = (lane & (lanes - 1)) * n_elements
-    for h in range(max_score.size):
-        at = rows + (h * groups + group) * width
-        if d < head_dim:
-            st_v4_f32(shared, at + d, acc[h, 0], acc[h, 1], acc[h, 2], acc[h, 3])
-            if n_elements == 8:
-                st_v4_f32(shared, at + d + 4, acc[h, 4], acc[h, 5], acc[h, 6], acc[h, 7])
-        if d == 0:
-            shared[at + head_dim], shared[at + head_dim + 1] = max_score[h], exp_sum[h]
-    cuda.syncthreads()
-    if warp < max_score.size:
-        new_max = LOWEST_SCORE
-        for g in range(lane, groups, 32):
-            no_unroll()
-            new_max = max(new_max, shared[rows + (warp * groups + g) * width + head_dim])
-        new_max = warp_max(new_max)
-        all_sum = np.float32(0)
-        for g in range(lane, groups, 32):
-            no_unroll()
-            at = rows + (warp * groups + g) * width + head_dim
-            weight = ex2_approx(shared[at] - new_max)
-            shared[weights + warp * groups + g] = weight
-            all_sum += shared[at + 1] * weight
-        all_sum = warp_sum(all_sum)
-        if lane == 0:
-            shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = new_max, all_sum
-    cuda.syncthreads()
-    for n in range(cuda.threadIdx.x, max_score.size * head_dim, THREADS):
+    h, d = s32(0), s32(n)
+    for _ in range(1, heads):
+        if d >= head_dim:
+            h, d = s32(h + 1), s32(d - head_dim)
+    return h, d
+
+
+@device
+def merge_warp(max_score, exp_sum, acc, lanes):
+    """Merge the warp's groups of lanes: then each of them has the warp's maximum, sum and values."""
+    offset = lanes
+    while offset < 32:
         no_unroll()
-        h, d = fast_divmod(n, head_dim, inverse_head_dim)
-        at, weight_at = rows + h * groups * width + d, weights + h * groups
-        value, other = np.float32(0), np.float32(0)
-        for g in range(0, groups, 4):
-            no_unroll()
-            value += shared[at + g * width] * shared[weight_at + g]
-            other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
-            value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
-            other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
-        shared[h * width + d] = value + other
+        for h in range(max_score.size):
+            new_max = max(max_score[h], cuda.shfl_xor_sync(FULL_MASK, max_score[h], offset))
+            weight = ex2_approx_ftz(max_score[h] - new_max)
+            max_score[h], exp_sum[h] = new_max, exp_sum[h] * weight
+            exp_sum[h] += cuda.shfl_xor_sync(FULL_MASK, exp_sum[h], offset)
+            for i in range(8):
+                acc[h, i] *= weight
+                acc[h, i] += cuda.shfl_xor_sync(FULL_MASK, acc[h, i], offset)
+        offset = s32(2 * offset)
+
+
+@device
+def put_results(max_score, exp_sum, acc, ring, shared_at, n_elements):
+    """Write the warp's results to shared memory: a lane's values to the lane's own places in the ring, so that no
+    barrier is needed before; the maximum and the sum behind the ring. Ends with a barrier.
+    """
+    thread = s32(cuda.threadIdx.x)
+    stats = s32(shared_at + STAGES * STAGE_BYTES + 8 * (thread >> 5))
+    for h in range(max_score.size):
+        slot = s32(ring + 32 * THREADS * h)
+        st_shared_f32x4(slot, acc[h, 0], acc[h, 1], acc[h, 2], acc[h, 3])
+        if n_elements == 8:
+            st_shared_f32x4(s32(slot + 16 * THREADS), acc[h, 4], acc[h, 5], acc[h, 6], acc[h, 7])
+        if thread & 31 == 0:
+            at = s32(stats + 8 * WARPS * h)
+            st_shared_u32(at, float_as_uint(max_score[h]))
+            st_shared_u32(s32(at + 4), float_as_uint(exp_sum[h]))
     cuda.syncthreads()
+
+
+@device
+def st_shared_f32x4(at, a, b, c, d):
+    """Write four float32 to a 16-byte aligned shared address."""
+    st_shared_v4_u32(at, float_as_uint(a), float_as_uint(b), float_as_uint(c), float_as_uint(d))
+
+
+@device
+def merged_element(shared_at, h, d, n_elements):
+    """(element `d` of head `h`, the head's maximum, its sum of exponentials), of all warps. Each thread computes the
+    warps' weights: sharing them would take another barrier.
+    """
+    at = s32(shared_at + 32 * THREADS * h + 4 * d)
+    if n_elements == 8:
+        at = s32(shared_at + 32 * THREADS * h + 4 * THREADS * (d & 4) + 16 * (d >> 3) + 4 * (d & 3))
+    stats = s32(shared_at + STAGES * STAGE_BYTES + 8 * WARPS * h)
+    maxima, sums = cuda.local.array(WARPS, np.float32), cuda.local.array(WARPS, np.float32)
+    new_max, new_max2 = LOWEST_SCORE, LOWEST_SCORE
+    for warp in range(0, WARPS, 2):
+        maxima[warp], sums[warp], maxima[warp + 1], sums[warp + 1] = ld_shared_v4_f32(s32(stats + 8 * warp))
+        new_max, new_max2 = max(new_max, maxima[warp]), max(new_max2, maxima[warp + 1])
+    new_max = max(new_max, new_max2)
+    value, all_sum, value2, all_sum2 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for warp in range(0, WARPS, 2):
+        weight, weight2 = ex2_approx_ftz(maxima[warp] - new_max), ex2_approx_ftz(maxima[warp + 1] - new_max)
+        value += weight * uint_as_float(ld_shared_u32(s32(at + 512 * warp)))
+        value2 += weight2 * uint_as_float(ld_shared_u32(s32(at + 512 * warp + 512)))
+        all_sum += weight * sums[warp]
+        all_sum2 += weight2 * sums[warp + 1]
+    return value + value2, new_max, all_sum + all_sum2
 
 
 @device
@@ -287,67 +315,78 @@ def weighted_element(partials, first, part_size, shared, weights_at, part, split
 
 
 @device
+def ceil_quotient(number, divisor):
+    """number / divisor of positive int32, rounded up. An unsigned division is much shorter than a signed one."""
+    return s32(np.uint32(number + divisor - 1) // np.uint32(divisor))
+
+
+@device
 def split_range(length, window, part, splits):
     """(begin, end, splits used): the keys of split number `part`, for a token that is the last of `length`. A split
     beyond `splits used` has none.
     """
-    first = first_visible(length, window)
-    seen = length - first
-    keys, splits_used = seen, 1
+    first = s32(first_visible(length, window))
+    seen = s32(length - first)
+    keys, splits_used = seen, s32(1)
     if splits > 1 and seen > SPLIT_FROM:
-        keys = max(MIN_SPLIT_KEYS, (seen + splits - 1) // splits)
-        splits_used = (seen + keys - 1) // keys
-    begin = first + part * keys
-    return begin, min(length, begin + keys), splits_used
+        keys = s32(max(MIN_SPLIT_KEYS, ceil_quotient(seen, splits)))
+        splits_used = ceil_quotient(seen, keys)
+    begin = s32(first + part * keys)
+    return begin, s32(min(length, begin + keys)), splits_used
 
 
 @device
-def write_output(
-    out,
-    partials,
-    counter,
-    first_head,
-    heads_here,
-    part,
-    splits_used,
-    splits,
-    head_dim,
-    inverse_head_dim,
-    shared,
-    is_last,
-):
-    """Write the result of `merge_groups`, or this block's split of it. The last block to finish merges the splits."""
-    width, part_size = head_dim + 4, head_dim + 2
-    if splits_used > 1:
-        for n in range(cuda.threadIdx.x, heads_here * part_size, THREADS):
+def write_output(out, partials, counter, first_head, heads_here, part, splits_used, splits, head_dim, heads, shared,
+                 shared_at, n_elements, is_last):  # fmt: skip
+    """Write the result of all warps, or this block's split of it. The last block to finish merges the splits."""
+    n, here = s32(cuda.threadIdx.x), s32(heads_here * head_dim)
+    if splits_used == 1:
+        while n < here:
             no_unroll()
-            h = n // part_size
-            i = n - h * part_size
-            partials[((first_head + h) * splits + part) * part_size + i] = shared[h * width + i]
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 0:
-            is_last[0] = atom_add_1(counter) == splits_used - 1
-        cuda.syncthreads()
-        if is_last[0]:
-            split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
-    if splits_used == 1 or is_last[0]:
-        for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
+            h, d = element_of(n, head_dim, heads)
+            value, _, all_sum = merged_element(shared_at, h, d, n_elements)
+            out[s32((first_head + h) * head_dim + d)] = div_full(value, all_sum)
+            n = s32(n + THREADS)
+        return
+    while n < here:
+        no_unroll()
+        h, d = element_of(n, head_dim, heads)
+        value, max_score, all_sum = merged_element(shared_at, h, d, n_elements)
+        at = mad_wide_s32(s32((first_head + h) * splits + part), s32(head_dim + 2), d)
+        partials[at] = value
+        if d == 0:
+            partials[at + head_dim], partials[at + head_dim + 1] = max_score, all_sum
+        n = s32(n + THREADS)
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        is_last[0] = atom_add_1(counter) == splits_used - 1
+    cuda.syncthreads()
+    if is_last[0]:
+        merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared)
+
+
+@device
+def merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared):
+    """Write the result of all splits."""
+    split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+    part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
+    n = s32(cuda.threadIdx.x)
+    while n < here:
+        no_unroll()
+        h, d = element_of(n, head_dim, heads)
+        first, weights_at = mad_wide_s32(s32((first_head + h) * splits), part_size, d), s32(SPLIT_WEIGHTS * h)
+        value = np.float32(0)
+        for i in range(0, splits_used, 8):
             no_unroll()
-            h, d = fast_divmod(n, head_dim, inverse_head_dim)
-            value, all_sum = shared[h * width + d], shared[h * width + head_dim + 1]
-            if splits_used > 1:
-                first, weights_at = (first_head + h) * splits * part_size + d, SPLIT_WEIGHTS * h
-                value, all_sum = np.float32(0), shared[weights_at + MAX_SPLITS]
-                for i in range(0, splits_used, 8):
-                    no_unroll()
-                    for j in range(8):  # the compiler unrolls this: eight loads are in flight
-                        value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
-            out[(first_head + h) * head_dim + d] = value / all_sum
+            for j in range(8):  # the compiler unrolls this: eight loads are in flight
+                value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
+        out[s32((first_head + h) * head_dim + d)] = div_full(value, shared[weights_at + MAX_SPLITS])
+        n = s32(n + THREADS)
 
 
 @device
 def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partials, counters, kv_heads, shared_by,
-                 head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, part, splits, splits_used,
+                 head_dim, lanes, subgroups, inverse_subgroups, factor, begin, end, part, splits, splits_used,
                  early, max_score, exp_sum, acc, is_last):  # fmt: skip
     """Attention of the block's heads of row `t` over keys [begin, end), split number `part` of `splits_used`.
 
@@ -355,43 +394,61 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     token sees, but its own.
     """
     shared = cuda.shared.array(0, np.float32)
-    group, heads_a_block = cuda.blockIdx.x, max_score.size
+    group, heads_a_block = s32(cuda.blockIdx.x), max_score.size
+    position, head_dim, lanes = s32(position), s32(head_dim), s32(lanes)
+    kv_heads, shared_by, splits = s32(kv_heads), s32(shared_by), s32(splits)
     kv_head, sub = fast_divmod(group, subgroups, inverse_subgroups)
-    first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads_a_block
-    heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
-    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    ring = shared_address(shared, 4 * cuda.threadIdx.x)
+    kv_head, sub = s32(kv_head), s32(sub)
+    first_head = s32((t * kv_heads + kv_head) * shared_by + sub * heads_a_block)
+    heads_here = s32(1)
+    if heads_a_block > 1:
+        heads_here = s32(min(heads_a_block, shared_by - sub * heads_a_block))
+    shared_at = s32(shared_address(shared, 0))
+    ring = s32(shared_at + 16 * cuda.threadIdx.x)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
-    if not early:
+    # the token's own key is written by the kernel before this one: it is copied when that has finished
+    cached_end, left_out = end, s32(-1)
+    if early:
+        cached_end = s32(min(end, position))
+        left_out = position if has_elements and position < end else s32(-1)
+    else:
         griddepcontrol_wait()
-    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, min(end, position), ring)
-    new_page = page_of(source, position, True)
-    griddepcontrol_wait()
-    attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
-                factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
+    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring)
+    if early:
+        apart = s32(position - p)
+        own = left_out >= 0 and apart >= 0 and apart & (step - 1) == 0 and apart < 2 * STAGES * step
+        new_page = page_of(source, position, own)
+        new_slot = s32(ring + 32 * lanes * apart)  # every `step` keys the next place
+        griddepcontrol_wait()
+        if own:
+            fetch_key(new_slot, source, k_cache, v_cache, position, new_page, True)
+    cp_async_commit()
+    attend_keys(q, s32(first_head * head_dim), heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes,
+                factor, max_score, exp_sum, acc, ring)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
-    merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
+    merge_warp(max_score, exp_sum, acc, lanes)
+    put_results(max_score, exp_sum, acc, ring, shared_at, per_16_bytes(k_cache))
     counter = t * cuda.gridDim.x + group
     write_output(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits, head_dim,
-                 inverse_head_dim, shared, is_last)  # fmt: skip
+                 heads_a_block, shared, shared_at, per_16_bytes(k_cache), is_last)  # fmt: skip
     if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
         counters[counter] = 0
 
 
 @device
 def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score, exp_sum, acc,
+                     head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score, exp_sum, acc,
                      is_last):  # fmt: skip
     """The body of the kernels for a token, with `max_score.size` heads per block.
 
     blockIdx.x is a group of heads, blockIdx.z the split of the keys.
     """
-    splits = cuda.gridDim.z
-    begin, end, splits_used = split_range(position + 1, window, cuda.blockIdx.z, splits)
-    if cuda.blockIdx.z < splits_used:
+    splits, part = s32(cuda.gridDim.z), s32(cuda.blockIdx.z)
+    begin, end, splits_used = split_range(s32(position + 1), s32(window), part, splits)
+    if part < splits_used:
         attend_split(q, k_cache, v_cache, pages, 0, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, cuda.blockIdx.z,
+                     head_dim, lanes, subgroups, inverse_subgroups, factor, begin, end, part,
                      splits, splits_used, True, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
@@ -399,7 +456,7 @@ def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partia
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                              scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes,
-                             subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
+                             subgroups, inverse_subgroups, factor):  # fmt: skip
     """One token. Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long
     contexts.
     """
@@ -409,7 +466,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     pages = page_table, table_stride, log2_page, scales_at
     decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
-                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score,
                      exp_sum, acc, is_last)  # fmt: skip
 
 
@@ -417,7 +474,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                             scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
-                            inverse_subgroups, inverse_head_dim):  # fmt: skip
+                            inverse_subgroups, factor):  # fmt: skip
     """One token. Each block computes one head. For short contexts, and for heads that share no keys."""
     is_last = cuda.shared.array(1, np.int32)
     max_score = cuda.local.array(1, np.float32)
@@ -425,5 +482,5 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, p
     acc = cuda.local.array((1, 8), np.float32)
     pages = page_table, table_stride, log2_page, scales_at
     decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
-                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, factor, max_score,
                      exp_sum, acc, is_last)  # fmt: skip

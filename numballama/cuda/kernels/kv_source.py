@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, ld_global_u32, ld_global_v4_u32
+from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, mad_wide_s32, s32
 from ..quant_traits import is_q8_0, unpack8
 from .common import device
 
@@ -23,25 +23,26 @@ def row_bytes(cache, head_dim):
 def page_of(source, position, wanted):
     """Page that holds a position of the sequence, page 0 if it is not wanted: then the table may have no such entry."""
     page_table, row, log2_page = source[:3]
-    page = np.int32(0)
+    page = s32(0)
     if wanted:
-        page = page_table[row + (position >> log2_page)]
+        page = page_table[s32(row + (position >> log2_page))]
     return page
 
 
 @device
-def key_offset(source, page, position):
-    """Byte offset of the lane's 16 bytes of a key in the key cache, which is that of its value in the value cache."""
+def key_address(base, source, page, position):
+    """Address of the lane's 16 bytes of a key or value, in the cache at `base`."""
     log2_page, page_bytes, bytes_of_row, first = source[2:6]
-    return page * page_bytes + (position & ((1 << log2_page) - 1)) * bytes_of_row + first
+    inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
+    return mad_wide_s32(page, page_bytes, base + inside)
 
 
 @device
-def scale_offset(source, page, position):
-    """Byte offset of the word with the scale of the lane's quants of a key, in a cache of q8_0."""
+def scale_address(base, source, page, position):
+    """Address of the word with the scale of the lane's quants of a key or value, in a cache of q8_0."""
     log2_page, (page_bytes, bytes_of_row, first, scales_at) = source[2], source[8]
-    at = page * page_bytes + (position & ((1 << log2_page) - 1)) * bytes_of_row + first
-    return scales_at + (at & -4)
+    inside = s32((position & s32((1 << log2_page) - 1)) * bytes_of_row + first)
+    return base + scales_at + (mad_wide_s32(page, page_bytes, inside) & -4)
 
 
 @device
@@ -51,14 +52,16 @@ def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_di
     same for the scales of q8_0: bytes of a page and of a key, offsets in a page and of page 0).
     """
     page_table, table_stride, log2_page, scales_at = pages
-    bytes_of_row = row_bytes(k_cache, head_dim)
-    bytes_of_head = bytes_of_row << log2_page
-    first = kv_head * bytes_of_head + row_bytes(k_cache, d)
-    bytes_of_scales = 2 * ((head_dim + 31) >> 5)
-    first_scale = ((kv_head << log2_page) * bytes_of_scales) + 2 * (d >> 5)
-    scales = (kv_heads << log2_page) * bytes_of_scales, bytes_of_scales, first_scale, scales_at
+    # a page has less than 2 GiB: a product of two int32 is one instruction, of int64 several
+    log2_page = s32(log2_page)
+    bytes_of_row = s32(row_bytes(k_cache, head_dim))
+    bytes_of_head = s32(bytes_of_row << log2_page)
+    first = s32(kv_head * bytes_of_head + row_bytes(k_cache, d))
+    bytes_of_scales = s32(2 * ((head_dim + 31) >> 5))
+    first_scale = s32((kv_head << log2_page) * bytes_of_scales + 2 * (d >> 5))
+    scales = s32((kv_heads << log2_page) * bytes_of_scales), bytes_of_scales, first_scale, scales_at
     return (
-        page_table, sequence * table_stride, log2_page, kv_heads * bytes_of_head, bytes_of_row, first,
+        page_table, s32(sequence * table_stride), log2_page, s32(kv_heads * bytes_of_head), bytes_of_row, first,
         address(k_cache, 0), address(v_cache, 0), scales,
     )  # fmt: skip
 
@@ -67,20 +70,10 @@ def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_di
 def fetch_16_bytes(slot, cache, base, source, page, position, wanted):
     """Start copying the lane's part of a key or value to `slot`: 16 bytes, or 8 quants and the word of their scale."""
     if is_q8_0(cache):
-        cp_async_8(slot, base + key_offset(source, page, position), 8 if wanted else 0)
-        cp_async_4(slot + 8, base + scale_offset(source, page, position), 4 if wanted else 0)
+        cp_async_8(slot, key_address(base, source, page, position), 8 if wanted else 0)
+        cp_async_4(slot + 8, scale_address(base, source, page, position), 4 if wanted else 0)
     else:
-        cp_async_16(slot, base + key_offset(source, page, position), 16 if wanted else 0)
-
-
-@device
-def load_16_bytes(cache, base, source, page, position):
-    """What `fetch_16_bytes` would copy, as four words."""
-    at = base + key_offset(source, page, position)
-    if is_q8_0(cache):
-        scale = ld_global_u32(base + scale_offset(source, page, position))
-        return ld_global_u32(at), ld_global_u32(at + 4), scale, np.uint32(0)
-    return ld_global_v4_u32(at)
+        cp_async_16(slot, key_address(base, source, page, position), 16 if wanted else 0)
 
 
 @device

@@ -16,9 +16,9 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import ex2_approx, griddepcontrol_wait
+from ..intrinsics import ex2_approx, griddepcontrol_wait, s32
 from .common import LOG2_E, device, first_visible, is_padding_token, kv_index, launch_bounds, load_kv, pdl_sync
-from .decode_attention import LOWEST_SCORE, attend_split
+from .decode_attention import LOWEST_SCORE, attend_split, ceil_quotient
 from .params import HEADS_PER_BLOCK, ROW_SPLIT_KEYS
 from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
 from .reduce import block_max, block_sum
@@ -29,16 +29,16 @@ def splits_of_row(position, window, splits):
     """How the keys are split that a token at `position` sees: (first key, keys of a split, splits that are used). Of at
     most `splits` splits; it depends on the row alone.
     """
-    first = first_visible(position + 1, window)
-    seen, keys = position + 1 - first, np.int64(ROW_SPLIT_KEYS)
+    first = s32(first_visible(position + 1, window))
+    seen, keys = s32(position + 1 - first), s32(ROW_SPLIT_KEYS)
     while keys * splits < seen:
-        keys *= 2
-    return first, keys, (seen + keys - 1) // keys
+        keys = s32(2 * keys)
+    return first, keys, ceil_quotient(seen, keys)
 
 
 @device
 def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                   shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, splits, tiles,
+                   shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, factor, splits, tiles,
                    listed, max_score, exp_sum, acc, is_last):  # fmt: skip
     """The body of the kernels for many rows, each of its own sequence and length.
 
@@ -46,29 +46,29 @@ def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out
     from their end. A row's splits depend on its length alone, so its result does
     not depend on other rows. A block computes every gridDim.z-th split, and none if its first one does not exist.
     """
-    t = cuda.blockIdx.y
+    t = s32(cuda.blockIdx.y)
     if listed:
         if t >= tiles[1]:
             if t == 0:
                 griddepcontrol_wait()  # a kernel must not end before the preceding one
             return
-        t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
-    position, sequence = positions[t], sequences[t]
+        t = s32(tiles[2 * (cuda.gridDim.y - t)])
+    position, sequence, window, splits = positions[t], sequences[t], s32(window), s32(splits)
     first, keys, splits_used = splits_of_row(position, window, splits)
     for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
-        begin = first + part * keys
+        begin = s32(first + part * keys)
         cuda.syncthreads()  # the split before this one is no longer in shared memory
+        end = s32(min(position + 1, begin + keys))
         attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin,
-                     min(position + 1, begin + keys), part, splits, splits_used, False, max_score, exp_sum, acc,
-                     is_last)  # fmt: skip
+                     head_dim, lanes, subgroups, inverse_subgroups, factor, begin, end, s32(part), splits, splits_used,
+                     False, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                           scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
-                          inverse_subgroups, inverse_head_dim, splits, tiles, listed):  # fmt: skip
+                          inverse_subgroups, factor, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads that share no keys."""
     if is_padding_token(tokens):
         return
@@ -79,14 +79,14 @@ def attention_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, pag
     pages = page_table, table_stride, log2_page, scales_at
     rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
                    shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
-                   inverse_head_dim, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
+                   factor, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_grouped_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride,
                                   log2_page, scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window,
-                                  lanes, subgroups, inverse_subgroups, inverse_head_dim, splits, tiles,
+                                  lanes, subgroups, inverse_subgroups, factor, splits, tiles,
                                   listed):  # fmt: skip
     """Many rows. Each block computes `HEADS_PER_BLOCK` query heads of one KV head of a row and reads a key once."""
     if is_padding_token(tokens):
@@ -98,7 +98,7 @@ def attention_grouped_rows_kernel(tokens, q, k_cache, v_cache, positions, sequen
     pages = page_table, table_stride, log2_page, scales_at
     rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
                    shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
-                   inverse_head_dim, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
+                   factor, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @cuda.jit

@@ -108,8 +108,10 @@ def load_slice(s, of_slices):
     sums, left = mad_wide_s32(s, distance, at), s32(slices - s)
     return (
         ld_global_v4_f32_or_0(sums, left), ld_global_v4_f32_or_0(sums + 512, left),
-        ld_global_f32_or_0(mad_wide_s32(s, step, scale_a), left), ld_global_f32_or_0(mad_wide_s32(s, step, scale_b), left),
-        ld_global_f32_or_0(mad_wide_s32(s, step, square_a), left), ld_global_f32_or_0(mad_wide_s32(s, step, square_b), left),
+        ld_global_f32_or_0(mad_wide_s32(s, step, scale_a), left),
+        ld_global_f32_or_0(mad_wide_s32(s, step, scale_b), left),
+        ld_global_f32_or_0(mad_wide_s32(s, step, square_a), left),
+        ld_global_f32_or_0(mad_wide_s32(s, step, square_b), left),
     )  # fmt: skip
 
 

@@ -39,7 +39,6 @@ from ..kernels.params import (
     PREFILL_ATTENTION_TILE,
     ROW_SPLIT_KEYS,
     SPLIT_FROM,
-    SPLIT_WEIGHTS,
     WGMMA_ATTENTION_KEYS,
     WGMMA_ATTENTION_THREADS,
     WGMMA_ATTENTION_TILE,
@@ -151,7 +150,7 @@ def _wgmma(
     arguments = named(
         tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out, kv_heads=kv_heads,
         shared_by=heads // kv_heads, inverse_shared=kv_heads / heads, head_dim=head_dim, window=window,
-        factor=math.log2(math.e) / math.sqrt(head_dim),
+        factor=_factor(head_dim),
     )  # fmt: skip
     # a block has a multiprocessor to itself: more blocks than that wait, as tiles of the same block do
     tiles = max(ceil_div(q.shape[0], WGMMA_ATTENTION_TILE), ceil_div(ctx.n_sms, heads))
@@ -177,6 +176,11 @@ def _for_bulk(ctx: LaunchContext, tokens: int, k_cache: Array, shared_by: int) -
     """
     fits = ctx.bulk_copies and ctx.shared_limit >= BULK_SHARED and tokens >= BULK_FROM and not ctx.batch_invariant
     return fits and shared_by == 1 and k_cache.shape[2] % BULK_KEYS == 0
+
+
+def _factor(head_dim: int) -> float:
+    """What scores are multiplied by, so that their exponentials are powers of 2."""
+    return math.log2(math.e) / math.sqrt(head_dim)
 
 
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
@@ -205,14 +209,14 @@ def _decode(
     def launch(kernel_ref: KernelRef, heads_per_block: int, blocks_of_keys: int, **more: Argument) -> Launch:
         """A launch with at most `blocks_of_keys` blocks for the keys of a head."""
         subgroups = ceil_div(shared_by, heads_per_block)
-        blocks, lane_groups = kv_heads * subgroups, ATTENTION_WARPS * (32 // lanes)
+        blocks = kv_heads * subgroups
         if tokens == 1:
             blocks_of_keys = min(blocks_of_keys, _splits(ctx, blocks, context))
-        combined = heads_per_block * max((head_dim + 4) * (lane_groups + 1) + lane_groups, SPLIT_WEIGHTS)
-        shared = max(ATTENTION_STAGES * ATTENTION_STAGE_BYTES, 4 * combined)
+        results = 8 * ATTENTION_WARPS * heads_per_block  # maxima and sums of the warps, behind the ring
+        shared = ATTENTION_STAGES * ATTENTION_STAGE_BYTES + results
         arguments = named(
             **operands, partials=partials, counters=counters, **shape, lanes=lanes, subgroups=subgroups,
-            inverse_subgroups=1 / subgroups, inverse_head_dim=1 / head_dim, **more,
+            inverse_subgroups=1 / subgroups, factor=_factor(head_dim), **more,
         )  # fmt: skip
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 

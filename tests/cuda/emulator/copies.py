@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.cuda.emulator.program import BASE
-from tests.cuda.emulator.threads import Copies, Threads
+from tests.cuda.emulator.threads import BOOL, Copies, Threads
 
 BOX_COLUMNS = 64
 """Columns of 16 bits of a box that TMA copies."""

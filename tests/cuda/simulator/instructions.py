@@ -256,6 +256,11 @@ def _cvt_rni_s32(x: Any) -> int:
     return 0 if math.isnan(number) else round(min(max(number, -(2.0**31)), 2.0**31 - 1))  # half to even
 
 
+def _ex2_approx_ftz(x: Any) -> Any:
+    power = np.exp2(np.float32(x))
+    return np.float32(0) if power < np.finfo(np.float32).tiny else power
+
+
 def _prmt_byte_planes(*numbers: int) -> tuple[Any, ...]:
     rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
@@ -267,6 +272,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_v4_f32": _ld_v4_f32,
     "st_v4_f32": _st_v4_f32,
     "s32": int,
+    "mad_wide_s32": lambda a, b, c: int(a) * int(b) + int(c),
     "uint_as_float": lambda bits: np.uint32(bits).view(np.float32),
     "float_as_uint": lambda number: np.float32(number).view(np.uint32),
     "cvt_f32_f16": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
@@ -277,6 +283,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "cvt_rni_s32": _cvt_rni_s32,
     "prmt_byte_planes": _prmt_byte_planes,
     "ex2_approx": lambda x: np.exp2(np.float32(x)),
+    "ex2_approx_ftz": _ex2_approx_ftz,
     "div_full": lambda a, b: np.float32(a) / np.float32(b),
     "rsqrt_approx": lambda x: np.float32(1) / np.sqrt(np.float32(x)),
     "cvt_f32_u8": lambda word: np.float32(int(word) & 255),
@@ -307,6 +314,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "cp_async_wait_all": lambda: _cp_async_wait_group(0),
     "cp_async_wait_group": _cp_async_wait_group,
     "ld_shared_v4_u32": _shared_words(4),
+    "ld_shared_v4_f32": lambda where: tuple(np.array(_shared_words(4)(where)).view(np.float32)),
     "ld_shared_v2_u32": _shared_words(2),
     "ld_shared_u32": _shared_words(1),
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
