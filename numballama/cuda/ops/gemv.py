@@ -80,8 +80,8 @@ class _Shape(NamedTuple):
     shared_bytes: int
 
 
-BLOCKS_OF_FEW_BITS, MANY_STAGES = 2, 64
-"""Blocks an SM for large weights of fewer than 8 bits, from this number of stages of pairs of rows an SM on, if their
+BLOCKS_OF_FEW_BITS, MANY_STAGES = 2, 100
+"""Blocks an SM for large weights of 8 bits or fewer, from this number of stages of pairs of rows an SM on, if their
 shared memory lets them. Arithmetic takes longer than memory then, and one block's eight warps do not fill the SM's
 schedulers. For smaller weights it is worth more that the next kernel's block fits beside this one's.
 """
@@ -93,7 +93,7 @@ def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shap
     """How `tokens` vectors are multiplied with `pairs` pairs of rows."""
     elements, _, _ = stage_of(weight.payload.dtype)
     stages = pairs * ceil_div(weight.shape[1], 64 * elements)
-    if TYPE_TRAITS[weight.payload.dtype].bits < 8 and stages >= MANY_STAGES * ctx.n_sms:
+    if TYPE_TRAITS[weight.payload.dtype].bits <= 8 and stages >= MANY_STAGES * ctx.n_sms:
         found = _shape_for(BLOCKS_OF_FEW_BITS * ctx.n_sms, ctx, weight, pairs, tokens)
         if BLOCKS_OF_FEW_BITS * (found.shared_bytes + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES:
             return found
