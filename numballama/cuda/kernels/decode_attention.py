@@ -67,6 +67,8 @@ from .params import ATTENTION_WARPS as WARPS
 from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPLIT_WEIGHTS
 from .reduce import warp_max, warp_sum
 
+RING_KEYS = 2 * STAGES
+"""Keys of a group of lanes that the ring has room for."""
 LOWEST_SCORE = np.float32(-1e30)
 """Maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
 NO_SCORE = np.float32(-np.inf)
@@ -102,14 +104,15 @@ def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, l
     """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
     position `p` on, but not the one at `left_out`. The second stage is still open: its group takes more copies.
     """
-    for key in range(2 * STAGES):
-        no_unroll()
+    pages = cuda.local.array(RING_KEYS, np.int32)
+    for key in range(RING_KEYS):  # all look-ups before the first copy: a copy waits for its own
+        pages[key] = page_of(source, s32(p + key * step), has_elements and s32(p + key * step) < cached_end)
+    for key in range(RING_KEYS):
         if key == 2:
             cp_async_commit()
-        wanted = has_elements and p < cached_end
-        page = page_of(source, p, wanted)
         if p != left_out:
-            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, page, wanted)
+            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, pages[key],
+                      has_elements and p < cached_end)  # fmt: skip
         p = s32(p + step)
 
 
@@ -171,8 +174,8 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_
                 high = ld_v4_f32(q, at + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    slot, ahead, left = ring, s32(p + 2 * STAGES * step), s32(end - begin)
-    stage_keys, ring_keys = s32(2 * step), s32(2 * STAGES * step)
+    slot, ahead, left = ring, s32(p + RING_KEYS * step), s32(end - begin)
+    stage_keys, ring_keys = s32(2 * step), s32(RING_KEYS * step)
     page, next_page = s32(0), s32(0)
     while left > 0:
         more = left > ring_keys  # for all warps: most contexts end before a stage is used again
@@ -408,20 +411,19 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
     # the token's own key is written by the kernel before this one: it is copied when that has finished
-    cached_end, left_out = end, s32(-1)
+    cached_end, left_out, own = end, s32(-1), False
     if early:
-        cached_end = s32(min(end, position))
+        cached_end, apart = s32(min(end, position)), s32(position - p)
         left_out = position if has_elements and position < end else s32(-1)
+        own = left_out >= 0 and 0 <= apart < RING_KEYS * step and apart & (step - 1) == 0
     else:
         griddepcontrol_wait()
+    new_page = page_of(source, position, own)
     prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring)
     if early:
-        apart = s32(position - p)
-        own = left_out >= 0 and apart >= 0 and apart & (step - 1) == 0 and apart < 2 * STAGES * step
-        new_page = page_of(source, position, own)
-        new_slot = s32(ring + 32 * lanes * apart)  # every `step` keys the next place
         griddepcontrol_wait()
-        if own:
+        if own:  # every `step` keys are the next place of the ring
+            new_slot = s32(ring + 32 * lanes * s32(position - p))
             fetch_key(new_slot, source, k_cache, v_cache, position, new_page, True)
     cp_async_commit()
     attend_keys(q, s32(first_head * head_dim), heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes,
