@@ -283,8 +283,8 @@ def merged_element(shared_at, h, d, n_elements):
 @device
 def weights_of_head(partials, first, splits, h, splits_used, head_dim, shared):
     """What `split_weights` writes for head `h`, by one warp."""
-    lane, part_size = cuda.threadIdx.x & 31, head_dim + 2
-    at = (first + h * splits + lane) * part_size + head_dim
+    lane = s32(cuda.threadIdx.x & 31)
+    at = mad_wide_s32(s32(first + h * splits + lane), s32(head_dim + 2), head_dim)
     max_score, exp_sum = LOWEST_SCORE, np.float32(0)
     if lane < splits_used:
         max_score, exp_sum = partials[at], partials[at + 1]
@@ -313,7 +313,7 @@ def weighted_element(partials, first, part_size, shared, weights_at, part, split
     """An element of a split times the split's weight; 0 for a split that is not used."""
     value = np.float32(0)
     if part < splits_used:
-        value = partials[first + part * part_size] * shared[weights_at + part]
+        value = partials[mad_wide_s32(part, part_size, first)] * shared[s32(weights_at + part)]
     return value
 
 
@@ -371,18 +371,19 @@ def write_output(out, partials, counter, first_head, heads_here, part, splits_us
 @device
 def merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared):
     """Write the result of all splits."""
-    split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+    split_weights(partials, s32(first_head * splits), splits, heads_here, splits_used, head_dim, shared)
     part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
     n = s32(cuda.threadIdx.x)
     while n < here:
         no_unroll()
         h, d = element_of(n, head_dim, heads)
         first, weights_at = mad_wide_s32(s32((first_head + h) * splits), part_size, d), s32(SPLIT_WEIGHTS * h)
-        value = np.float32(0)
-        for i in range(0, splits_used, 8):
+        value, i = np.float32(0), s32(0)
+        while i < splits_used:
             no_unroll()
             for j in range(8):  # the compiler unrolls this: eight loads are in flight
-                value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
+                value += weighted_element(partials, first, part_size, shared, weights_at, s32(i + j), splits_used)
+            i = s32(i + 8)
         out[s32((first_head + h) * head_dim + d)] = div_full(value, shared[weights_at + MAX_SPLITS])
         n = s32(n + THREADS)
 
