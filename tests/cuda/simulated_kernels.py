@@ -240,6 +240,13 @@ def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int
     check_runs(pair, [3, 1, 3, 1], 3, ["attention"])
 
 
+@pytest.mark.parametrize(("kv", "head_dim"), [("f32", 68), ("q8_0", 192)])
+def test_a_context_longer_than_the_ring(kv: str, head_dim: int) -> None:
+    """A stage of the ring is used again, and the token's own key is in each place of it and behind."""
+    pair = Pair(ModelConfig(4, 4, 1, 1, 1, 9, 16, head_dim=head_dim), "f32", kv)
+    check_runs(pair, [2] + [1] * 11, 3, ["attention"])
+
+
 @pytest.mark.parametrize("config", [SMALL, ODD])
 def test_whole_runs(config: ModelConfig) -> None:
     """All steps in one launch of a graph: the logits of every token."""

@@ -43,10 +43,7 @@ STACK = {
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
     "qkv_rope_kernel": {"9.0": 72, "8.0": 48, "7.5": 16},
     # for older cards the assembler keeps more values than there are registers
-    "attention_grouped_kernel": {"8.0": 184, "7.5": 184},
-    "attention_single_kernel": {"8.0": 88, "7.5": 88},
-    "attention_grouped_rows_kernel": {"8.0": 248, "7.5": 248},
-    "attention_rows_kernel": {"8.0": 128, "7.5": 128},
+    "attention_grouped_rows_kernel": {"8.0": 8, "7.5": 8},
     "attention_group_64_kernel": {"8.0": 128, "7.5": 104},
     "attention_group_128_kernel": {"8.0": 88, "7.5": 152},
     "attention_few_64_kernel": {"8.0": 88, "7.5": 120},
@@ -80,10 +77,8 @@ STACK_OF_Q5_K = STACK_OF_BLOCKS | {
 
 STACK_OF_Q8_0 = {
     # quants have scales, with addresses of their own
-    "attention_grouped_kernel": {"9.0": 40, "8.0": 288, "7.5": 288},
-    "attention_single_kernel": {"8.0": 168, "7.5": 168},
-    "attention_grouped_rows_kernel": {"9.0": 48, "8.0": 344, "7.5": 344},
-    "attention_rows_kernel": {"8.0": 184, "7.5": 184},
+    "attention_grouped_kernel": {"8.0": 16, "7.5": 16},
+    "attention_grouped_rows_kernel": {"8.0": 40, "7.5": 40},
 }
 """The same for a KV cache of q8_0."""
 

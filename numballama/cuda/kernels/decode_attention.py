@@ -67,6 +67,8 @@ from .params import ATTENTION_WARPS as WARPS
 from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPLIT_WEIGHTS
 from .reduce import warp_max, warp_sum
 
+RING_KEYS = 2 * STAGES
+"""Keys of a group of lanes that the ring has room for."""
 LOWEST_SCORE = np.float32(-1e30)
 """Maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
 NO_SCORE = np.float32(-np.inf)
@@ -102,14 +104,15 @@ def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, l
     """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
     position `p` on, but not the one at `left_out`. The second stage is still open: its group takes more copies.
     """
-    for key in range(2 * STAGES):
-        no_unroll()
+    pages = cuda.local.array(RING_KEYS, np.int32)
+    for key in range(RING_KEYS):  # all look-ups before the first copy: a copy waits for its own
+        pages[key] = page_of(source, s32(p + key * step), has_elements and s32(p + key * step) < cached_end)
+    for key in range(RING_KEYS):
         if key == 2:
             cp_async_commit()
-        wanted = has_elements and p < cached_end
-        page = page_of(source, p, wanted)
         if p != left_out:
-            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, page, wanted)
+            fetch_key(s32(ring + key * 32 * THREADS), source, k_cache, v_cache, p, pages[key],
+                      has_elements and p < cached_end)  # fmt: skip
         p = s32(p + step)
 
 
@@ -171,8 +174,8 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, head_
                 high = ld_v4_f32(q, at + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    slot, ahead, left = ring, s32(p + 2 * STAGES * step), s32(end - begin)
-    stage_keys, ring_keys = s32(2 * step), s32(2 * STAGES * step)
+    slot, ahead, left = ring, s32(p + RING_KEYS * step), s32(end - begin)
+    stage_keys, ring_keys = s32(2 * step), s32(RING_KEYS * step)
     page, next_page = s32(0), s32(0)
     while left > 0:
         more = left > ring_keys  # for all warps: most contexts end before a stage is used again
@@ -280,8 +283,8 @@ def merged_element(shared_at, h, d, n_elements):
 @device
 def weights_of_head(partials, first, splits, h, splits_used, head_dim, shared):
     """What `split_weights` writes for head `h`, by one warp."""
-    lane, part_size = cuda.threadIdx.x & 31, head_dim + 2
-    at = (first + h * splits + lane) * part_size + head_dim
+    lane = s32(cuda.threadIdx.x & 31)
+    at = mad_wide_s32(s32(first + h * splits + lane), s32(head_dim + 2), head_dim)
     max_score, exp_sum = LOWEST_SCORE, np.float32(0)
     if lane < splits_used:
         max_score, exp_sum = partials[at], partials[at + 1]
@@ -310,7 +313,7 @@ def weighted_element(partials, first, part_size, shared, weights_at, part, split
     """An element of a split times the split's weight; 0 for a split that is not used."""
     value = np.float32(0)
     if part < splits_used:
-        value = partials[first + part * part_size] * shared[weights_at + part]
+        value = partials[mad_wide_s32(part, part_size, first)] * shared[s32(weights_at + part)]
     return value
 
 
@@ -368,18 +371,19 @@ def write_output(out, partials, counter, first_head, heads_here, part, splits_us
 @device
 def merge_splits(out, partials, first_head, heads_here, splits_used, splits, head_dim, heads, shared):
     """Write the result of all splits."""
-    split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+    split_weights(partials, s32(first_head * splits), splits, heads_here, splits_used, head_dim, shared)
     part_size, here = s32(head_dim + 2), s32(heads_here * head_dim)
     n = s32(cuda.threadIdx.x)
     while n < here:
         no_unroll()
         h, d = element_of(n, head_dim, heads)
         first, weights_at = mad_wide_s32(s32((first_head + h) * splits), part_size, d), s32(SPLIT_WEIGHTS * h)
-        value = np.float32(0)
-        for i in range(0, splits_used, 8):
+        value, i = np.float32(0), s32(0)
+        while i < splits_used:
             no_unroll()
             for j in range(8):  # the compiler unrolls this: eight loads are in flight
-                value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
+                value += weighted_element(partials, first, part_size, shared, weights_at, s32(i + j), splits_used)
+            i = s32(i + 8)
         out[s32((first_head + h) * head_dim + d)] = div_full(value, shared[weights_at + MAX_SPLITS])
         n = s32(n + THREADS)
 
@@ -408,20 +412,19 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
     # the token's own key is written by the kernel before this one: it is copied when that has finished
-    cached_end, left_out = end, s32(-1)
+    cached_end, left_out, own = end, s32(-1), False
     if early:
-        cached_end = s32(min(end, position))
+        cached_end, apart = s32(min(end, position)), s32(position - p)
         left_out = position if has_elements and position < end else s32(-1)
+        own = left_out >= 0 and 0 <= apart < RING_KEYS * step and apart & (step - 1) == 0
     else:
         griddepcontrol_wait()
+    new_page = page_of(source, position, own)
     prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, left_out, ring)
     if early:
-        apart = s32(position - p)
-        own = left_out >= 0 and apart >= 0 and apart & (step - 1) == 0 and apart < 2 * STAGES * step
-        new_page = page_of(source, position, own)
-        new_slot = s32(ring + 32 * lanes * apart)  # every `step` keys the next place
         griddepcontrol_wait()
-        if own:
+        if own:  # every `step` keys are the next place of the ring
+            new_slot = s32(ring + 32 * lanes * s32(position - p))
             fetch_key(new_slot, source, k_cache, v_cache, position, new_page, True)
     cp_async_commit()
     attend_keys(q, s32(first_head * head_dim), heads_here, source, k_cache, v_cache, begin, end, head_dim, lanes,
