@@ -16,12 +16,12 @@ import math
 
 import numpy as np
 
-from .cpu.attend import LANES, add_values, dot_keys
+from .cpu.attend import LANES, memory_of, page_scores, page_values
 from .cpu.compiler import device, ordered_device
 from .cpu.intrinsics import power_of_two, saturate_to
 from .cpu.kv_cache import add_weighted, kv_rows, kv_shape, qk_dot, row_count, store_row
 from .cpu.matmul import dequantize_rows, matmul, matmul_int8, partition
-from .cpu.tiling import SCORE_ROWS
+from .cpu.tiling import SCORE_HEADS
 
 
 @device
@@ -197,11 +197,19 @@ def first_visible(position, window):
 
 
 @device
+def sortable(bits):
+    """The bits of a float32 as an int32 that sorts like it, and back. Both zeros give 0."""
+    sign = bits >> np.int32(31)
+    return np.int32(((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign)  # Numba subtracts as int64
+
+
+@device
 def softmax_in_place(x, length):
     """x = exp(x) / sum(exp(x)) over the first `length` elements. Subtracts their maximum, so that nothing overflows."""
-    largest = np.float32(-np.inf)
+    bits, top = x.view(np.int32), np.int32(-0x80000000)
     for i in range(length):
-        largest = max(largest, x[i])
+        top = np.int32(max(top, sortable(bits[i])))  # a maximum of integers is a vector instruction
+    largest = np.int32(sortable(top)).view(np.float32)
     total = np.float32(0)
     for i in range(length):
         x[i] = exp(x[i] - largest)
@@ -289,13 +297,6 @@ def rows(worker, n_workers, tokens, x, rows, out):
     for t in range(tokens):
         for k in range(begin, end):
             out[t, k] = x[rows[t], k]
-
-
-@device
-def sortable(bits):
-    """The bits of a float32 as an int32 that sorts like it. Both zeros give 0."""
-    sign = bits >> np.int32(31)
-    return ((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign
 
 
 def argmax(worker, n_workers, tokens, x, out):
@@ -407,38 +408,36 @@ def rope_kv_write(
 
 
 @device
-def head_scores(q, at, heads, k_cache, page_table, sequence, kv_head, first, end, scale, scores):
+def head_scores(q, at, heads, k_cache, page_table, sequence, kv_head, first, end, scale, v_cache, scores):
     """scores[h, i] = query of head h · key · scale, with the key of position first + i, for positions [first, end).
 
-    The queries of `heads` heads, at most SCORE_ROWS, lie one after the other in flat q from `at` on. All attend to one
-    KV head.
+    The queries of `heads` heads lie one after the other in flat q from `at` on. All attend to one KV head. What is read
+    next is prefetched: keys, in the end the first values.
     """
-    position, page, stride = first, kv_shape(k_cache)[1], scores.shape[1]
+    position, (_, page, head_dim) = first, kv_shape(k_cache)
     while position < end:
         keys = kv_rows(k_cache, kv_index(page_table, sequence, kv_head, position, page))
-        count, to = min(row_count(keys), end - position), position - first
-        if heads == 3:
-            dot_keys(q, at, 3, keys, count, scale, scores, to, stride)
-        elif heads == 2:
-            dot_keys(q, at, 2, keys, count, scale, scores, to, stride)
+        count = min(row_count(keys), end - position)
+        if position + count < end:
+            following = kv_index(page_table, sequence, kv_head, position + count, page)
+            ahead, size = memory_of(kv_rows(k_cache, following))
         else:
-            dot_keys(q, at, 1, keys, count, scale, scores, to, stride)
+            ahead, size = memory_of(kv_rows(v_cache, kv_index(page_table, sequence, kv_head, first, page)))
+        page_scores(q, at, heads, head_dim, keys, count, scale, scores, position - first, ahead, size)
         position += count
 
 
 @device
 def head_values(weights, heads, v_cache, page_table, sequence, kv_head, first, end, out, at):
     """out of head h = sum of weights[h, i] · value, with the value of position first + i. Heads are as above."""
-    position, page, stride = first, kv_shape(v_cache)[1], weights.shape[1]
+    position, (_, page, head_dim) = first, kv_shape(v_cache)
     while position < end:
         values = kv_rows(v_cache, kv_index(page_table, sequence, kv_head, position, page))
-        count, to = min(row_count(values), end - position), position - first
-        if heads == 3:
-            add_values(weights, to, stride, 3, values, count, out, at)
-        elif heads == 2:
-            add_values(weights, to, stride, 2, values, count, out, at)
-        else:
-            add_values(weights, to, stride, 1, values, count, out, at)
+        count, ahead, size = min(row_count(values), end - position), 0, 0
+        if position + count < end:
+            following = kv_index(page_table, sequence, kv_head, position + count, page)
+            ahead, size = memory_of(kv_rows(v_cache, following))
+        page_values(weights, position - first, heads, head_dim, values, count, out, at, ahead, size)
         position += count
 
 
@@ -455,39 +454,40 @@ def attend(t, h, heads, q, k_cache, positions, sequences, page_table, v_cache, o
             softmax_in_place(scores[0], end - first)
             attend_values(scores[0], v_cache, page_table, sequence, kv_head, first, end, result)
         return
-    head_scores(q, t * q.shape[1] + at, heads, k_cache, page_table, sequence, kv_head, first, end, scale, scores)
+    flat = t * q.shape[1] + at
+    head_scores(q, flat, heads, k_cache, page_table, sequence, kv_head, first, end, scale, v_cache, scores)
     for row in range(heads):
         softmax_in_place(scores[row], end - first)
     out[t, at : at + heads * head_dim] = 0
-    head_values(scores, heads, v_cache, page_table, sequence, kv_head, first, end, out, t * q.shape[1] + at)
+    head_values(scores, heads, v_cache, page_table, sequence, kv_head, first, end, out, flat)
 
 
 def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
-    """Workers take up to SCORE_ROWS heads of a token in turn, if they share keys and values: later tokens see more.
+    """Workers take up to SCORE_HEADS heads of a token in turn, if they share keys and values: later tokens see more.
 
     Of one token a worker takes some of the heads. With more workers than that takes, a head at a time.
     """
     kv_heads, _, head_dim = kv_shape(k_cache)
     heads = q.shape[1] // head_dim
     group, own = heads // kv_heads, scores[worker]
-    parts = (group + SCORE_ROWS - 1) // SCORE_ROWS
+    parts = (group + SCORE_HEADS - 1) // SCORE_HEADS
     together, single = tokens > 1 and tokens * kv_heads * parts >= n_workers, n_workers > heads
     begin, end = partition(heads, worker, n_workers, 1)
     if together or single:
         unit, step, units = worker, n_workers, tokens * (kv_heads * parts if together else heads)
-    else:  # a unit is a head of a token; up to SCORE_ROWS units are computed at once
+    else:  # a unit is a head of a token; up to SCORE_HEADS units are computed at once
         unit, step, units = 0, 1, tokens * (end - begin)
     while unit < units:  # one call of `attend` in the source: each would be compiled by itself
         count = 1
         if together:
             t, place = divmod(unit, kv_heads * parts)
             kv_head, part = divmod(place, parts)
-            h, count = kv_head * group + part * SCORE_ROWS, min(SCORE_ROWS, group - part * SCORE_ROWS)
+            h, count = kv_head * group + part * SCORE_HEADS, min(SCORE_HEADS, group - part * SCORE_HEADS)
         elif single:
             t, h = divmod(unit, heads)
         else:
             t, h = divmod(unit, end - begin)
             h += begin
-            count = step = min(SCORE_ROWS, end - h, group - h % group)
+            count = step = min(SCORE_HEADS, end - h, group - h % group)
         attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
         unit += step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
-from .tiling import SCORE_ROWS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
+from .tiling import SCORE_HEADS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
 
 BLOCK_TYPES = tuple(VEC_DOT_TYPE)
 """Types that are multiplied with int8 activations, which come with scales and sums."""
@@ -58,11 +58,11 @@ def each_worker_x(*inputs: Shape, workers: int) -> Shape:
 
 
 def each_worker_scores(*inputs: Shape, workers: int) -> Shape:
-    """Scores of SCORE_ROWS heads of one token, for each worker; input 1 is the cache of keys, input 4 the page table.
+    """Scores of SCORE_HEADS heads of one token, for each worker; input 1 is the cache of keys, input 4 the page table.
 
     A row is longer by SCORES_BEYOND elements.
     """
-    return (workers, SCORE_ROWS, inputs[4][1] * inputs[1][2] + SCORES_BEYOND)
+    return (workers, SCORE_HEADS, inputs[4][1] * inputs[1][2] + SCORES_BEYOND)
 
 
 # The ops that `graph` declares

@@ -22,6 +22,8 @@ MANY_TOKENS = 24
 """Number of tokens from which panels are long. Fewer do not make up for writing a panel to the second-level cache."""
 SCORE_ROWS = 3
 """Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
+SCORE_HEADS = 8
+"""Most heads whose scores a worker holds, so that it reads their keys and values once."""
 SCORES_BEYOND = 7
 """Elements past a row's scores that are written too, because attention takes up to eight positions at a time."""
 

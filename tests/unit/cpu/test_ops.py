@@ -46,7 +46,7 @@ def test_shapes_of_scratch_arrays() -> None:
     assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 16 * 1024 + 16 * 256)
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
-    assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 3, 5 * 32 + 7)
+    assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 8, 5 * 32 + 7)
     # panel and factors, products
     assert ops.panels(x, weight, workers=3) == (3, 16 * 1024 // 4 + 2 * 1024 + 8 * 16)
 
