@@ -390,10 +390,9 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     return compare(f"attention {cache}", got, want, error, tokens)
 
 
-def not_finite(machine: Any, kind: str, T: int = 12) -> float:
+def not_finite(machine: Any, kind: str, T: int = 12, K: int = 64) -> float:
     """A NaN or an infinity in x shows in its row of the result, and in no other row."""
-    K, N = 64, 16
-    rng = np.random.default_rng(4)
+    N, rng = 16, np.random.default_rng(4)
     x = rng.standard_normal((T, K)).astype(np.float32)
     x[2, 5], x[7, 0] = np.nan, np.inf
     matrix, _ = upload(machine, rng.standard_normal((N, K)), kind)

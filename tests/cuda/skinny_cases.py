@@ -141,7 +141,7 @@ def small_wide_cases() -> list[Case]:
     add("wide gate_up bf16, tiles in turn", 35, few_sms, gate_up, "bf16", 40, 448, 150, normed=True)
     add("wide linear f16, tiles in turn", 70, few_sms, linear, "f16", 80, 584, 300, residual=True, normed=False)
     add("wide linear q4_0, tiles in turn", 65, few_sms, linear, "q4_0", 66, 512, 260, residual=True, normed=False)
-    made.append(("wide, not finite numbers", 40, lambda machine: not_finite(machine, "f16", 40)))
+    made.append(("wide, not finite numbers", 40, lambda machine: not_finite(machine, "f16", 40, 128)))
     return made
 
 
