@@ -7,6 +7,8 @@ be made and printed without Numba. The functions are in `kernels_cpu`, `cpu.kern
 
 from __future__ import annotations
 
+import math
+
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
 from .tiling import SCORE_ROWS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
@@ -43,8 +45,8 @@ def dequantized_rows(weight: int) -> ScratchShape:
 
 
 def panels(*inputs: Shape, workers: int) -> Shape:
-    """A panel buffer for each worker."""
-    return (workers, panel_buffer_size())
+    """A panel buffer for each worker, and room for an offset for each of the sums, which are input 2."""
+    return (workers, panel_buffer_size() + math.prod(inputs[2]))
 
 
 def product(x: int, weight: int) -> ScratchShape:

@@ -283,6 +283,7 @@ def multiply_panel(
     xq: Any,
     xs: Any,
     sums: Any,
+    offsets: Any,
     where: Any,
     out: Any,
     at: Any,
@@ -291,6 +292,8 @@ def multiply_panel(
 ) -> Any:
     """Dot products of a panel with TOKENS_OF_A_PASS tokens. `weights` gives the block type.
 
+    `offsets` are those of `fill_offsets`.
+
     `where` is (first column k of the panel, columns, first token t, last token); past the last token, that token is
     computed again. Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on; if k is not 0, they
     are added there. `ahead` is (flat index of a block, number of the pass, passes): blocks from there on, as many as
@@ -298,7 +301,7 @@ def multiply_panel(
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, *factors, xq_, xs_, sums_, where_, target, to, step, ahead_ = args
+        array, *factors, xq_, xs_, sums_, offsets_, where_, target, to, step, ahead_ = args
         later, number, passes = cgutils.unpack_tuple(builder, ahead_)
         begin, length, first, final = cgutils.unpack_tuple(builder, where_)
         again = builder.icmp_signed("!=", begin, integer(0))
@@ -317,15 +320,18 @@ def multiply_panel(
             places = (builder.gep(start, [builder.add(index, integer(part))]) for part in parts)
             return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
-        tokens, results = [], []
+        all_offsets = builder.bitcast(element(context, builder, sig.args[7], offsets_, integer(0)), INT32.as_pointer())
+        tokens, results, offset_starts = [], [], []
         for k in range(TOKENS_OF_A_PASS):
             token = builder.add(first, integer(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             offset = builder.add(to, builder.mul(builder.sub(token, first), step))
             for part in parts:
-                place = element(context, builder, sig.args[8], target, builder.add(offset, integer(part)))
+                place = element(context, builder, sig.args[9], target, builder.add(offset, integer(part)))
                 results.append(builder.bitcast(place, floats.as_pointer()))
             tokens.append(Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, width, name))
+            groups_of_row = builder.udiv(width, integer(SCALE_GROUPS[name]))
+            offset_starts.append(builder.gep(all_offsets, [builder.mul(token, groups_of_row)]))
         totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
         zero = ir.Constant(floats, [0.0] * ROWS_OF_A_VECTOR)
         for place, total in zip(results, itertools.chain(*totals), strict=True):
@@ -351,8 +357,10 @@ def multiply_panel(
                 prefetch(builder, builder.gep(ahead, [builder.mul(integer(i), apart)]), 2)
             start = builder.mul(index, group)
 
-            def offset(token: int, kind: Any) -> Any:
-                return tokens[token].zero_point_term(start, kind)
+            def offset(token: int) -> Any:
+                return (
+                    builder.load(builder.gep(offset_starts[token], [index])) if zero_point(name) else integer(0, INT32)
+                )
 
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
@@ -384,4 +392,4 @@ def multiply_panel(
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, mins, xq, xs, sums, where, out, index, index, ahead), codegen
+    return types.void(weights, panel, scales, mins, xq, xs, sums, offsets, where, out, index, index, ahead), codegen
