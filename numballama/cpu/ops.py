@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from ..memory import round_up
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
 from .tiling import SCORE_ROWS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
@@ -45,8 +46,8 @@ def dequantized_rows(weight: int) -> ScratchShape:
 
 
 def panels(*inputs: Shape, workers: int) -> Shape:
-    """A panel buffer for each worker, and room for an offset for each of the sums, which are input 2."""
-    return (workers, panel_buffer_size() + math.prod(inputs[2]))
+    """A panel buffer for each worker, and an offset for each of the sums, which are input 2: whole cache lines."""
+    return (workers, panel_buffer_size() + round_up(math.prod(inputs[2]), 16))
 
 
 def product(x: int, weight: int) -> ScratchShape:

@@ -46,11 +46,16 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 """Rows of a panel that are multiplied by one instruction."""
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
-
-LEAST_TOKENS = 3 if _has_avx2() else TILE
-"""Least number of tokens for which a panel is made. A pass takes as long for fewer tokens as for all that it is for, so
-two are faster row by row.
+SHORT_PASS = 2 if _has_avx2() else TOKENS_OF_A_PASS
+"""Number of tokens that a panel is multiplied with where no more are left: a pass takes as long for fewer as for all.
 """
+
+
+def least_tokens(name: str) -> int:
+    """Least number of tokens for which a panel is made. With AVX2 it is two if quants have 4 bits: few are unpacked."""
+    if not _has_avx2():
+        return TILE
+    return 2 if TYPE_TRAITS[name].bits == 4 else 3
 
 
 def _pairs_that_fit(name: str) -> int:
