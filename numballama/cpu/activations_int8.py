@@ -10,13 +10,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT32, add_lanes, element
-from .panel_bytes import SCALE_GROUPS, broadcast, concat, integer, lanes_of, splat, vector_of
-from .products_int8 import zero_point
-from .vecdot import INT8
+from .panel_bytes import SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, lanes_of, splat, vector_of
+from .products_int8 import offset_word, zero_point
+from .vecdot import INT8, TYPE_NAMES
 
 
 class Activations:
@@ -79,25 +80,36 @@ class Activations:
         ]
         return functools.reduce(self.builder.add, parts)
 
-    def zero_point_term(self, index: Any, kind: Any) -> Any:
-        """-(zero point) · sum of the group at `index`, in all lanes: added to the group's products, it corrects them.
-
-        `kind` is a vector of int32; or of int16, of which two lanes together have it, half of it each.
-        """
-        total, factor = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32), -zero_point(self.name)
-        if factor == 0:
-            return ir.Constant(kind, None)
-        if kind.element == INT32:
-            return self.builder.mul(broadcast(self.builder, total, kind.count), splat(kind, factor))
-        half = self.builder.mul(self.builder.trunc(total, kind.element), ir.Constant(kind.element, factor // 2))
-        return broadcast(self.builder, half, kind.count)
-
     def sum(self, index: Any) -> Any:
         """Sum of the scale group at element `index`, times its scale: the factor of a minimum."""
         total = self.builder.extract_element(self.group_sums(index, 1), integer(0, INT32))
         if VEC_DOT_TYPE[self.name] == "q8_1":
             return total
         return self.builder.fmul(self.builder.sitofp(total, FLOAT), self.scale(index), flags=("contract",))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fill_offsets(typingctx: Any, weights: Any, sums: Any, tokens: Any, offsets: Any) -> Any:
+    """Write what the sums of each group of each token begin with, int32 in flat float32 `offsets` (`offset_word`).
+
+    Made once for all panels: to make them in each pass would take the units that multiply. Types without a zero point
+    have none.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, source, number, target = args
+        name = TYPE_NAMES[sig.args[0].dtype]
+        if zero_point(name):
+            blocks = blocks_of_a_row(context, builder, sig.args[0], array)
+            groups = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
+            first = element(context, builder, sig.args[1], source, integer(0))
+            start = builder.bitcast(element(context, builder, sig.args[3], target, integer(0)), INT32.as_pointer())
+            with cgutils.for_range(builder, builder.mul(number, groups)) as loop:
+                total = builder.load(builder.gep(first, [loop.index]))
+                builder.store(offset_word(builder, name, total), builder.gep(start, [loop.index]))
+        return context.get_dummy_value()
+
+    return types.void(weights, sums, types.int64, offsets), codegen
 
 
 # Quantising

@@ -9,16 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels_cpu import add_columns, multiply_by_silu
-from .activations_int8 import float_of_bits, largest_bits, round_to_int8
+from .activations_int8 import fill_offsets, float_of_bits, largest_bits, round_to_int8
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import copy_sums, partition
 from .panel_bytes import fill_panel_blocks
-from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
-from .tiling import BYTES_COLUMNS, PANEL_ROWS
+from .products_int8 import SHORT_PASS, TOKENS_OF_A_PASS
+from .tiling import BYTES_COLUMNS, PANEL_ROWS, PANEL_TOKENS
 from .vecdot import block_size
-from .vecdot_int8 import dot_blocks_int8, dot_rows_int8, multiply_panel, rows_at_once
+from .vecdot_int8 import dot_blocks_int8, dot_rows_int8, multiply_panel, panels_from, rows_at_once
 
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
@@ -127,10 +127,12 @@ def store_rows(out, t, r, values):
 def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer):
     """A worker's columns of out = x · weightᵀ; returns their range.
 
-    `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for LEAST_TOKENS and more.
+    `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for `panels_from` tokens and more.
     """
     begin, end = partition(out.shape[1], worker, n_workers, PANEL_ROWS)
-    if tokens < LEAST_TOKENS or panel_buffer.shape[1] == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
+    if (
+        tokens < panels_from(weight) or panel_buffer.shape[1] == 1
+    ):  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
         many = rows_at_once(weight)
         whole = begin + (end - begin) // many * many
         for r in range(begin, whole, many):
@@ -150,6 +152,8 @@ def multiply_panels(weight, xq, xs, sums, out, begin, end, tokens, buffer):
     quarter, size, width = PANEL_ROWS * BYTES_COLUMNS // 4, block_size(weight), out.shape[1]
     panel, scales, mins = buffer[:quarter], buffer[quarter:], buffer[quarter + quarter // 4 :]
     products, results = buffer[quarter + quarter // 2 :], out.reshape(-1)
+    offsets = products[PANEL_TOKENS * PANEL_ROWS :]
+    fill_offsets(weight, sums, tokens, offsets)
     passes = (tokens + TOKENS_OF_A_PASS - 1) // TOKENS_OF_A_PASS
     for r in range(begin, end, PANEL_ROWS):
         rows = min(PANEL_ROWS, end - r)
@@ -164,7 +168,15 @@ def multiply_panels(weight, xq, xs, sums, out, begin, end, tokens, buffer):
                 if rows < PANEL_ROWS:
                     target, at, stride = products, 0, PANEL_ROWS
                     copy_sums(results, t * width + r, width, target, 0, stride, count, rows)
-                multiply_panel(weight, panel, scales, mins, xq, xs, sums, where, target, at, stride, ahead)
+                if count <= SHORT_PASS:
+                    multiply_panel(
+                        weight, panel, scales, mins, xq, xs, sums, offsets, where, SHORT_PASS, target, at, stride, ahead
+                    )
+                else:
+                    multiply_panel(
+                        weight, panel, scales, mins, xq, xs, sums, offsets, where, TOKENS_OF_A_PASS, target, at, stride,
+                        ahead,
+                    )  # fmt: skip
                 if rows < PANEL_ROWS:
                     copy_sums(target, 0, stride, results, t * width + r, width, count, rows)
 

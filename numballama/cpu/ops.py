@@ -7,6 +7,9 @@ be made and printed without Numba. The functions are in `kernels_cpu`, `cpu.kern
 
 from __future__ import annotations
 
+import math
+
+from ..memory import round_up
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
 from .tiling import SCORE_HEADS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
@@ -43,8 +46,8 @@ def dequantized_rows(weight: int) -> ScratchShape:
 
 
 def panels(*inputs: Shape, workers: int) -> Shape:
-    """A panel buffer for each worker."""
-    return (workers, panel_buffer_size())
+    """A panel buffer for each worker, and an offset for each of the sums, which are input 2: whole cache lines."""
+    return (workers, panel_buffer_size() + round_up(math.prod(inputs[2]), 16))
 
 
 def product(x: int, weight: int) -> ScratchShape:

@@ -24,6 +24,7 @@ from numba.core import cgutils
 
 from ..quantization.types import TYPE_TRAITS
 from .intrinsics import INT16, INT32, INT64, cpu_features, unknown
+from .panel_bytes import broadcast
 from .tiling import PANEL_ROWS, PANEL_TOKENS, TILE
 from .vecdot import INT8
 
@@ -45,11 +46,16 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 """Rows of a panel that are multiplied by one instruction."""
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
-
-LEAST_TOKENS = 3 if _has_avx2() else TILE
-"""Least number of tokens for which a panel is made. A pass takes as long for fewer tokens as for all that it is for, so
-two are faster row by row.
+SHORT_PASS = 2 if _has_avx2() else TOKENS_OF_A_PASS
+"""Number of tokens that a panel is multiplied with where no more are left: a pass takes as long for fewer as for all.
 """
+
+
+def least_tokens(name: str) -> int:
+    """Least number of tokens for which a panel is made. With AVX2 it is two if quants have 4 bits: few are unpacked."""
+    if not _has_avx2():
+        return TILE
+    return 2 if TYPE_TRAITS[name].bits == 4 else 3
 
 
 def _pairs_that_fit(name: str) -> int:
@@ -65,6 +71,19 @@ def zero_point(name: str) -> int:
     if TYPE_TRAITS[name].bits == 8:
         return 0 if _has_avx2() else 128
     return TYPE_TRAITS[name].zero_point
+
+
+def _sums_fit(name: str) -> bool:
+    """Whether the sums of a whole scale group are made in 16 bits."""
+    return _has_avx2() and _pairs_that_fit(name) >= TYPE_TRAITS[name].scale_group // 4
+
+
+def offset_word(builder: Any, name: str, total: Any) -> Any:
+    """-(zero point) · the sum of a group of x, as 32 bits with which the group's sums begin (see `group_products`)."""
+    if not _sums_fit(name):
+        return builder.mul(total, ir.Constant(INT32, -zero_point(name)))
+    half = builder.and_(builder.mul(total, ir.Constant(INT32, -zero_point(name) // 2)), ir.Constant(INT32, 0xFFFF))
+    return builder.or_(half, builder.shl(half, ir.Constant(INT32, 16)))
 
 
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -150,17 +169,17 @@ def group_products(
     tokens: int,
     quants_at: Callable[[Any], list[Any]],
     x_at: Callable[[int, Any], Any],
-    offset: Callable[[int, Any], Any],
+    offset: Callable[[int], Any],
 ) -> list[list[Any]]:
     """Emit the products of one scale group of a panel; returns their sums [token][part of the panel's rows].
 
     A column is four elements of each row: `quants_at(column)` gives the vectors of its parts, and `x_at(token, column)`
-    the same four elements in all lanes. Sums begin with offset(token, type of a vector of sums); if it is of 16 bits,
-    each 32-bit lane has half of the offset twice.
+    the same four elements in all lanes. Sums begin with offset(token) in all lanes: 32 bits, which are an int32, or
+    half of the offset twice where sums are of 16 bits (`offset_word`).
     """
     if not _has_avx2():
         lanes = ROWS_OF_A_VECTOR
-        starts = [offset(token, ir.VectorType(INT32, lanes)) for token in range(tokens)]
+        starts = [broadcast(builder, offset(token), lanes) for token in range(tokens)]
         sums = [[start] * (PANEL_ROWS // lanes) for start in starts]
         for column in range(TYPE_TRAITS[name].scale_group // 4):
             at = ir.Constant(INT64, column)
@@ -169,12 +188,11 @@ def group_products(
                 x = x_at(token, at)
                 sums[token] = [add_products(builder, name, *pair, x) for pair in zip(own, quants, strict=True)]
         return sums
-    fit = _pairs_that_fit(name)
-    narrow = fit >= TYPE_TRAITS[name].scale_group // 4
+    fit, narrow = _pairs_that_fit(name), _sums_fit(name)
     kind = ir.VectorType(INT16, 16) if narrow else ir.VectorType(INT32, 8)
     places = [[cgutils.alloca_once(builder, kind) for _ in range(PANEL_ROWS // 8)] for _ in range(tokens)]
     for token, own in enumerate(places):
-        start = offset(token, kind)
+        start = builder.bitcast(broadcast(builder, offset(token), 8), kind)
         for place in own:
             builder.store(start, place)
     columns = unknown(builder, ir.Constant(INT64, TYPE_TRAITS[name].scale_group // 4))

@@ -8,7 +8,7 @@ For few tokens, `dot_rows_int8` and `dot_blocks_int8` multiply rows as their blo
 time (`_RowSum`): scales of several blocks are converted together, and the integer scales of K-quants multiply in
 integers. For more tokens, PANEL_ROWS rows become a panel, in which four elements of each row lie side by side
 (`panel_bytes`). Then one instruction multiplies four elements of a token with those of several rows. `multiply_panel`
-does it for TOKENS_OF_A_PASS tokens.
+does it for a few tokens.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from .panel_bytes import (
 )
 from .products_int8 import (
     ROWS_OF_A_VECTOR,
-    TOKENS_OF_A_PASS,
     add_products,
     add_word_products,
     group_products,
     join_words,
+    least_tokens,
     multiplies_words,
     zero_point,
 )
@@ -262,6 +262,16 @@ def rows_at_once(typingctx: Any, weights: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def panels_from(typingctx: Any, weights: Any) -> Any:
+    """Least number of tokens that are multiplied by panels (`least_tokens`)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return integer(least_tokens(TYPE_NAMES[sig.args[0].dtype]))
+
+    return types.int64(weights), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def dot_rows_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
     """weights[row + i] · x[t] as a tuple of `rows_at_once` float32: see `dot_blocks_int8`."""
     many = _rows_at_once(weights.dtype)
@@ -273,7 +283,7 @@ def dot_rows_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums
     return result(weights, types.int64, xq, xs, sums, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def multiply_panel(
     typingctx: Any,
     weights: Any,
@@ -283,13 +293,17 @@ def multiply_panel(
     xq: Any,
     xs: Any,
     sums: Any,
+    offsets: Any,
     where: Any,
+    many: Any,
     out: Any,
     at: Any,
     stride: Any,
     ahead: Any,
 ) -> Any:
-    """Dot products of a panel with TOKENS_OF_A_PASS tokens. `weights` gives the block type.
+    """Dot products of a panel with `many` (a literal) tokens. `weights` gives the block type.
+
+    `offsets` are those of `fill_offsets`.
 
     `where` is (first column k of the panel, columns, first token t, last token); past the last token, that token is
     computed again. Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on; if k is not 0, they
@@ -298,7 +312,7 @@ def multiply_panel(
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, *factors, xq_, xs_, sums_, where_, target, to, step, ahead_ = args
+        array, *factors, xq_, xs_, sums_, offsets_, where_, _, target, to, step, ahead_ = args
         later, number, passes = cgutils.unpack_tuple(builder, ahead_)
         begin, length, first, final = cgutils.unpack_tuple(builder, where_)
         again = builder.icmp_signed("!=", begin, integer(0))
@@ -317,15 +331,18 @@ def multiply_panel(
             places = (builder.gep(start, [builder.add(index, integer(part))]) for part in parts)
             return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
-        tokens, results = [], []
-        for k in range(TOKENS_OF_A_PASS):
+        all_offsets = builder.bitcast(element(context, builder, sig.args[7], offsets_, integer(0)), INT32.as_pointer())
+        tokens, results, offset_starts = [], [], []
+        for k in range(many.literal_value):
             token = builder.add(first, integer(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             offset = builder.add(to, builder.mul(builder.sub(token, first), step))
             for part in parts:
-                place = element(context, builder, sig.args[8], target, builder.add(offset, integer(part)))
+                place = element(context, builder, sig.args[10], target, builder.add(offset, integer(part)))
                 results.append(builder.bitcast(place, floats.as_pointer()))
             tokens.append(Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, width, name))
+            groups_of_row = builder.udiv(width, integer(SCALE_GROUPS[name]))
+            offset_starts.append(builder.gep(all_offsets, [builder.mul(token, groups_of_row)]))
         totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
         zero = ir.Constant(floats, [0.0] * ROWS_OF_A_VECTOR)
         for place, total in zip(results, itertools.chain(*totals), strict=True):
@@ -351,8 +368,10 @@ def multiply_panel(
                 prefetch(builder, builder.gep(ahead, [builder.mul(integer(i), apart)]), 2)
             start = builder.mul(index, group)
 
-            def offset(token: int, kind: Any) -> Any:
-                return tokens[token].zero_point_term(start, kind)
+            def offset(token: int) -> Any:
+                return (
+                    builder.load(builder.gep(offset_starts[token], [index])) if zero_point(name) else integer(0, INT32)
+                )
 
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
@@ -384,4 +403,6 @@ def multiply_panel(
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, mins, xq, xs, sums, where, out, index, index, ahead), codegen
+    return types.void(
+        weights, panel, scales, mins, xq, xs, sums, offsets, where, many, out, index, index, ahead
+    ), codegen

@@ -27,7 +27,8 @@ from numballama.checkpoint import Weight
 from numballama.cli import main as cli
 from numballama.config import ModelConfig
 from numballama.cpu.intrinsics import cpu_features
-from numballama.cpu.tiling import BYTES_COLUMNS, PANEL_ROWS
+from numballama.cpu.products_int8 import least_tokens
+from numballama.cpu.tiling import BYTES_COLUMNS, PANEL_ROWS, PANEL_TOKENS
 from numballama.errors import Error, UnsupportedError
 from numballama.export import WRITERS
 from numballama.fusion import FUSIONS, fuse
@@ -89,7 +90,7 @@ def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: s
     net.outputs = ["y"]
     numbers = dequantize(weights["w"]).astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
-    for tokens in (1, 3, 4, 8):  # row by row, and by panels
+    for tokens in (1, 2, 3, 4, 8):  # row by row, and by panels
         program: Any = (
             compiled(cpu_backend(weights), net) if device == "cpu" else ReferenceBackend(weights).program(net)
         )
@@ -112,11 +113,35 @@ def test_rows_longer_than_a_panel(name: str) -> None:
     net.add("linear", *rounded, net.weight("w", (rows, columns), name), out="y")
     net.outputs = ["y"]
     program, reference = compiled(cpu_backend(weights, workers=2), net), ReferenceBackend(weights)
-    for tokens in (3, 4, most):
+    for tokens in (2, 3, 4, most):
         poison(program)
         program.inputs["x"][:] = rng.standard_normal((most, columns), np.float32)
         run_workers(program, tokens, 0, (0, 1))
         check_step(program, 1, tokens, reference, lambda tokens=tokens: run_workers(program, tokens, 1, (1, 0)))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+def test_a_token_has_the_same_bits_in_each_pass(name: str) -> None:
+    """Whether it is the first of a pass or the last, of a short pass or a whole one: tokens are computed alike."""
+    most = 2 * PANEL_TOKENS + 1
+    rng = np.random.default_rng(0)
+    weights = {"w": random_blocks(name, PANEL_ROWS + 3, 256 // BLOCKS[name][0], rng)}
+    net = Graph("case")
+    rounded = net.add(f"quantize_{VEC_DOT_TYPE[name]}", net.input("x", (most, 256), "f32"), out=("q", "s", "sums"))
+    net.add("linear", *rounded, net.weight("w", (PANEL_ROWS + 3, 256), name), out="y")
+    net.outputs = ["y"]
+    program, x = compiled(cpu_backend(weights), net), rng.standard_normal((most, 256), np.float32)
+
+    def results(first: int, tokens: int) -> np.ndarray:
+        program.inputs["x"][:tokens] = x[first : first + tokens]
+        program.run(tokens)
+        return np.array(program.value("y")[:tokens])
+
+    wanted, least = results(0, most), least_tokens(name)
+    for tokens in range(least, most):
+        np.testing.assert_array_equal(results(0, tokens), wanted[:tokens])
+        np.testing.assert_array_equal(results(most - tokens, tokens), wanted[most - tokens :])
+    assert (wanted != 0).all()
 
 
 def test_groups_with_no_answer() -> None:

@@ -47,8 +47,11 @@ def test_shapes_of_scratch_arrays() -> None:
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
     assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 8, 5 * 32 + 7)
-    # panel and factors, products
-    assert ops.panels(x, weight, workers=3) == (3, 16 * 1024 // 4 + 2 * 1024 + 8 * 16)
+    # panel and factors, products, offsets in whole cache lines
+    for groups, offsets in ((8, 512), (7, 448), (1, 64)):
+        inputs = x, (64, 8), (64, groups), weight
+        assert ops.panels(*inputs, workers=3) == (3, 16 * 1024 // 4 + 2 * 1024 + 8 * 16 + offsets)
+    assert ops.panels((3, 32), (3, 1), (3, 1), weight, workers=1) == (1, 16 * 1024 // 4 + 2 * 1024 + 8 * 16 + 16)
 
 
 def test_a_users_kernel_replaces_ours_whichever_came_first() -> None:
