@@ -61,11 +61,12 @@ def each_worker_x(*inputs: Shape, workers: int) -> Shape:
 
 
 def each_worker_scores(*inputs: Shape, workers: int) -> Shape:
-    """Scores of SCORE_HEADS heads of one token, for each worker; input 1 is the cache of keys, input 4 the page table.
-
-    A row is longer by SCORES_BEYOND elements.
+    """Scores of a token's heads that share keys, of SCORE_HEADS at most, for each worker; input 0 are the queries,
+    input 1 the cache of keys, input 4 the page table. A row is longer by SCORES_BEYOND elements.
     """
-    return (workers, SCORE_HEADS, inputs[4][1] * inputs[1][2] + SCORES_BEYOND)
+    _, kv_heads, page, head_dim = inputs[1]
+    sharing = max(inputs[0][1] // (kv_heads * head_dim), 1)
+    return (workers, min(SCORE_HEADS, sharing), inputs[4][1] * page + SCORES_BEYOND)
 
 
 # The ops that `graph` declares

@@ -47,6 +47,8 @@ def test_shapes_of_scratch_arrays() -> None:
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
     assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 8, 5 * 32 + 7)
+    assert ops.each_worker_scores(x, (9, 16, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 2, 5 * 32 + 7)
+    assert ops.each_worker_scores(x, (9, 2, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 8, 5 * 32 + 7)
     # panel and factors, products, offsets in whole cache lines
     for groups, offsets in ((8, 512), (7, 448), (1, 64)):
         inputs = x, (64, 8), (64, groups), weight
