@@ -26,17 +26,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from .cuda.intrinsics import (
-    address,
-    atom_add_1,
-    dp4a,
-    ex2_approx,
-    float_as_uint,
-    griddepcontrol_launch_dependents,
-    griddepcontrol_wait,
-    ld_global_u32,
-    uint_as_float,
-)
+from .cuda.arithmetic import dp4a, ex2_approx, float_as_uint, uint_as_float
+from .cuda.intrinsics import address, atom_add_1, griddepcontrol_launch_dependents, griddepcontrol_wait, ld_global_u32
 from .cuda.kernels.common import (
     FULL_MASK,
     LOG2_E,

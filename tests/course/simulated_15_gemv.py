@@ -12,7 +12,8 @@ import pytest
 from course.gemv.kernels import KERNELS, THREADS, WARPS, Gemv, check, warp_sum
 from numba import cuda
 
-from numballama.cuda.intrinsics import cvt_f32_f16, ld_v4_f32
+from numballama.cuda.arithmetic import cvt_f32_f16
+from numballama.cuda.intrinsics import ld_v4_f32
 
 
 @pytest.mark.parametrize("gemv", KERNELS, ids=lambda gemv: gemv.kernel.__name__)

@@ -48,8 +48,8 @@ ORDER = """
     cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 activations_int8 \
             vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 collectives ops sampling executor \
             bandwidth timing backend
-    cuda: repack nccl launch lowering intrinsics system_memory quant_traits kernels.params mma fragments group_mma \
-            barriers clusters wgmma tma ops.collectives ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm \
+    cuda: repack nccl launch lowering arithmetic intrinsics system_memory quant_traits kernels.params mma fragments \
+            group_mma barriers clusters wgmma tma ops.collectives ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm \
             ops.wide ops.skinny ops.linear ops.attention ops.sampling ops.repack kernels.common kernels.collectives \
             kernels.linear_sums kernels.reduce kernels.dequant kernels.dot kernels.gemv_x kernels.rounding \
             kernels.gemv kernels_cuda \
@@ -342,7 +342,7 @@ def test_old_words_are_gone() -> None:
 
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
-        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.barriers
+        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.arithmetic cuda.lowering cuda.mma cuda.group_mma cuda.barriers
         cuda.clusters cuda.wgmma cuda.tma cuda.quant_traits cuda.system_memory
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """

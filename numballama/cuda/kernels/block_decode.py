@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arithmetic import float_as_uint
 from ..fragments import is_float32, splat_half, st_shared_decoded
-from ..intrinsics import float_as_uint, ld_global_u32, ld_global_v4_u32
+from ..intrinsics import ld_global_u32, ld_global_v4_u32
 from ..quant_traits import has_mins, is_int8, is_q4_1, is_q5_k, is_q6_k, scale_bytes
 from .common import device
 from .dequant import (

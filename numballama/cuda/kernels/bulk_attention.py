@@ -27,11 +27,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import ex2_approx
 from ..barriers import mbarrier_init, mbarrier_wait
 from ..intrinsics import (
     address,
     atom_add_1,
-    ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_shared_v4_u32,

@@ -22,13 +22,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    address,
-    float_as_uint,
-    ld_global_v4_u32,
-    st_global_u32,
-    uint_as_float,
-)
+from ..arithmetic import float_as_uint, uint_as_float
+from ..intrinsics import address, ld_global_v4_u32, st_global_u32
 from ..system_memory import (
     ld_acquire_u32,
     ld_relaxed_u32,

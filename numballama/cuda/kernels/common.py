@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    address,
-    cvt_f32_f16,
-    ex2_approx,
-    float_as_uint,
-    griddepcontrol_launch_dependents,
-    griddepcontrol_wait,
-    ld_global_u32,
-    prefetch_l2,
-)
+from ..arithmetic import cvt_f32_f16, ex2_approx, float_as_uint
+from ..intrinsics import address, griddepcontrol_launch_dependents, griddepcontrol_wait, ld_global_u32, prefetch_l2
 from ..quant_traits import is_q8_0, load_element
 
 FULL_MASK = 0xFFFFFFFF

@@ -27,28 +27,22 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import div_full, ex2_approx, ex2_approx_ftz, float_as_uint, mad_wide_s32, s32, uint_as_float
 from ..intrinsics import (
     address,
     atom_add_1,
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
-    div_full,
-    ex2_approx,
-    ex2_approx_ftz,
-    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_shared_u32,
     ld_shared_v4_f32,
     ld_shared_v4_u32,
     ld_v4_f32,
-    mad_wide_s32,
     no_unroll,
-    s32,
     shared_address,
     st_shared_u32,
-    uint_as_float,
 )
 from ..mma import st_shared_v4_u32
 from ..quant_traits import per_16_bytes

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, cvt_f32_u8, half_word, ld_global_u32
+from ..arithmetic import cvt_f32_f16, cvt_f32_s8, cvt_f32_u8, half_word
+from ..intrinsics import address, ld_global_u32
 from ..quant_traits import has_mins, is_packed, is_q4_1, is_q5_k, is_q6_k, scale_bytes, scale_word
 from .common import device
 

@@ -15,20 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import (
-    cp_async_4,
-    cp_async_8,
-    cp_async_16,
-    dp4a,
-    dp4a_su,
-    dp4a_us,
-    dp4a_uu,
-    ld_shared_u32,
-    ld_shared_v2_u32,
-    ld_shared_v4_u32,
-    s32,
-    uint_as_float,
-)
+from ..arithmetic import dp4a, dp4a_su, dp4a_us, dp4a_uu, s32, uint_as_float
+from ..intrinsics import cp_async_4, cp_async_8, cp_async_16, ld_shared_u32, ld_shared_v2_u32, ld_shared_v4_u32
 from ..quant_traits import (
     dot_16_bytes,
     has_mins,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import float_as_uint, mad_wide_s32, s32
 from ..intrinsics import (
     address,
     cp_async_4,
@@ -28,12 +29,9 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
-    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
-    mad_wide_s32,
     no_unroll,
-    s32,
     shared_address,
     st_shared_u32,
 )

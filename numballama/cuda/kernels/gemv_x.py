@@ -13,16 +13,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    cvt_rni_s32,
-    float_as_uint,
-    ld_v4_f32,
-    no_unroll,
-    prmt_byte_planes,
-    s32,
-    st_shared_u32,
-    uint_as_float,
-)
+from ..arithmetic import cvt_rni_s32, float_as_uint, prmt_byte_planes, s32, uint_as_float
+from ..intrinsics import ld_v4_f32, no_unroll, st_shared_u32
 from ..mma import st_shared_v4_u32
 from ..quant_traits import has_scales, is_packed, is_q4_0, is_q6_k, per_16_bytes, zero_point
 from .common import FULL_MASK, device, magnitude_bits

@@ -18,6 +18,7 @@ import math
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import ex2_approx
 from ..group_mma import (
     ld_parts,
     mma_scores,
@@ -35,7 +36,6 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
-    ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     no_unroll,

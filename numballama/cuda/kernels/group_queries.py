@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arithmetic import float_as_uint, uint_as_float
 from ..group_mma import join_pieces, join_queries
-from ..intrinsics import float_as_uint, ld_v4_f32, uint_as_float
+from ..intrinsics import ld_v4_f32
 from ..mma import cvt_rn_x2
 from ..quant_traits import unpack8
 from .common import device

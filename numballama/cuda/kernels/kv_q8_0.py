@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import address, cvt_rni_s32, st_global_f16, uint_as_float
+from ..arithmetic import cvt_rni_s32, uint_as_float
+from ..intrinsics import address, st_global_f16
 from ..quant_traits import store_element
 from .common import FULL_MASK, device, fast_divmod, is_padding_token, kv_index, magnitude_bits, pdl_sync
 from .params import ELEMENTWISE_THREADS as THREADS

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16, mad_wide_s32, s32
+from ..arithmetic import mad_wide_s32, s32
+from ..intrinsics import address, cp_async_4, cp_async_8, cp_async_16
 from ..quant_traits import is_q8_0, unpack8
 from .common import device
 

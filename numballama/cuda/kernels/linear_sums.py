@@ -16,15 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    address,
-    float_as_uint,
-    griddepcontrol_launch_dependents,
-    griddepcontrol_wait,
-    st_global_u32,
-    st_v4_f32,
-    uint_as_float,
-)
+from ..arithmetic import float_as_uint, uint_as_float
+from ..intrinsics import address, griddepcontrol_launch_dependents, griddepcontrol_wait, st_global_u32, st_v4_f32
 from ..system_memory import (
     ld_relaxed_u32,
     ld_relaxed_v4_f32,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import ld_global_u32, ld_v4_f32, uint_as_float
+from ..arithmetic import uint_as_float
+from ..intrinsics import ld_global_u32, ld_v4_f32
 from .common import device
 from .reduce import block_argmax, is_replaced_by
 

@@ -22,15 +22,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    address,
-    cp_async_16,
-    cp_async_commit,
-    cp_async_wait_all,
-    ex2_approx,
-    ld_v4_f32,
-    shared_address,
-)
+from ..arithmetic import ex2_approx
+from ..intrinsics import address, cp_async_16, cp_async_commit, cp_async_wait_all, ld_v4_f32, shared_address
 from ..mma import (
     causal_mask,
     cvt_rn_x2,

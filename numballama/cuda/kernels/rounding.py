@@ -12,13 +12,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import (
-    address,
-    cvt_f32_f16,
-    griddepcontrol_launch_dependents,
-    griddepcontrol_wait,
-    uint_as_float,
-)
+from ..arithmetic import cvt_f32_f16, uint_as_float
+from ..intrinsics import address, griddepcontrol_launch_dependents, griddepcontrol_wait
 from ..mma import cvt_rn_x2, st_global_v2_u32
 from .common import FULL_MASK, device, magnitude_bits
 from .gemv_x import ld_v4_f32_or_0, squared, times4

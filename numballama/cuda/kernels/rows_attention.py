@@ -16,7 +16,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import ex2_approx, griddepcontrol_wait, s32
+from ..arithmetic import ex2_approx, s32
+from ..intrinsics import griddepcontrol_wait
 from .common import LOG2_E, device, first_visible, is_padding_token, kv_index, launch_bounds, load_kv, pdl_sync
 from .decode_attention import LOWEST_SCORE, attend_split, ceil_quotient
 from .params import HEADS_PER_BLOCK, ROW_SPLIT_KEYS

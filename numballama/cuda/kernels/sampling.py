@@ -38,7 +38,8 @@ from ...sampling import (
     TOP_K,
     TOP_P,
 )
-from ..intrinsics import float_as_uint, ld_global_u32, st_global_u32, store_release_system, uint_as_float
+from ..arithmetic import float_as_uint, uint_as_float
+from ..intrinsics import ld_global_u32, st_global_u32, store_release_system
 from .common import device, is_nan, pdl_sync
 from .logits import apply_biases, apply_mask, apply_output_penalties, apply_repetition_penalty, load4, row_argmax
 from .params import RECORD_BYTES, ROW_BIAS, ROW_COUNTS, ROW_LOGITS, ROW_MASK

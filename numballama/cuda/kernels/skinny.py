@@ -21,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import float_as_uint, mad_wide_s32, s32
 from ..fragments import (
     is_float32,
     mma_step,
@@ -38,16 +39,13 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
-    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_shared_u32,
     ld_shared_v2_u32,
     ld_shared_v4_f32,
     ld_shared_v4_u32,
-    mad_wide_s32,
     no_unroll,
-    s32,
     shared_address,
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64

@@ -10,19 +10,15 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import div_full, ex2_approx, mad_wide_s32, rsqrt_approx, s32
 from ..fragments import st_global_f32
 from ..intrinsics import (
     address,
-    div_full,
-    ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_global_f32_or_0,
     ld_global_v4_f32_or_0,
-    mad_wide_s32,
     no_unroll,
-    rsqrt_approx,
-    s32,
 )
 from .common import LOG2_E, add4, device, launch_bounds
 from .linear_sums import add_up_unit, link_of, send_unit

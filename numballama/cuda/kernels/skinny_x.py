@@ -12,20 +12,16 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import float_as_uint, mad_wide_s32, max_magnitude, redux_max_s32, s32
 from ..fragments import pieces_of
 from ..intrinsics import (
     address,
     cp_async_16,
-    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_global_f32_or_0,
     ld_global_v4_f32_or_0,
-    mad_wide_s32,
-    max_magnitude,
     no_unroll,
-    redux_max_s32,
-    s32,
 )
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import device, magnitude_bits, max_registers

@@ -22,6 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import ex2_approx
 from ..barriers import (
     barrier_arrive,
     barrier_sync,
@@ -31,14 +32,7 @@ from ..barriers import (
     mbarrier_inval,
     mbarrier_wait,
 )
-from ..intrinsics import (
-    address,
-    cp_async_16,
-    ex2_approx,
-    ld_v4_f32,
-    no_unroll,
-    shared_address,
-)
+from ..intrinsics import address, cp_async_16, ld_v4_f32, no_unroll, shared_address
 from ..mma import (
     causal_mask,
     cvt_rn_x2,

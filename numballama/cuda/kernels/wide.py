@@ -25,18 +25,17 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..arithmetic import float_as_uint, uint_as_float
 from ..barriers import barrier_sync, mbarrier_arrive, mbarrier_init, mbarrier_wait
 from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, mbarrier_arrive_at
 from ..intrinsics import (
     address,
-    float_as_uint,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_shared_v2_u32,
     ld_shared_v4_f32,
     no_unroll,
     st_shared_u32,
-    uint_as_float,
 )
 from ..quant_traits import has_scales, scale_bytes
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx

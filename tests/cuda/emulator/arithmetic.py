@@ -42,11 +42,15 @@ def _rsqrt(a: np.ndarray) -> np.ndarray:
     return np.reciprocal(np.sqrt(a))
 
 
+def _popc(a: np.ndarray) -> np.ndarray:
+    return np.array([int(each).bit_count() for each in a.view(np.uint32)]).astype(a.dtype)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma, "div": _divide, "rem": _remainder,
     "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2,
-    "rsqrt": _rsqrt,
+    "rsqrt": _rsqrt, "popc": _popc,
 }  # fmt: skip
 """Instruction → what it computes of operands of one type."""
 

@@ -4,8 +4,8 @@ Import this first, before anything of `numballama` or `numba`, in a process with
 
 What it emulates:
 
-- Every function of `intrinsics.py`, `quant_traits.py` and `system_memory.py` of `numballama/cuda`, in Python
-  (`instructions.py`), and warp shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of
+- Every function of `arithmetic.py`, `intrinsics.py`, `quant_traits.py` and `system_memory.py` of `numballama/cuda`, in
+  Python (`instructions.py`), and warp shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of
   kernels that use tensor cores.
 - Typed pointers, as `Pointer`, which knows its bounds. Integers that are read from it are Python's: like Numba's int64
   they do not overflow.
@@ -442,7 +442,7 @@ simulation = Simulation()
 def _emulate() -> list[str]:
     """Replace the intrinsics by their emulation, before a kernel imports them. Returns the names that have none."""
     assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
-    from numballama.cuda import intrinsics, mma, quant_traits, system_memory
+    from numballama.cuda import arithmetic, intrinsics, mma, quant_traits, system_memory
     from numballama.cuda.kernels import params
 
     for name, value in {} if WHOLE_BLOCKS else SMALL_BLOCKS.items():
@@ -451,7 +451,7 @@ def _emulate() -> list[str]:
     from tests.cuda.simulator.instructions import EMULATED
 
     missing = []
-    for module in (intrinsics, quant_traits, mma, system_memory):
+    for module in (arithmetic, intrinsics, quant_traits, mma, system_memory):
         for name, value in list(vars(module).items()):
             if isinstance(value, _Unknown):
                 value.name = name
