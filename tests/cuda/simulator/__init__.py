@@ -5,8 +5,8 @@ Import this first, before anything of `numballama` or `numba`, in a process with
 What it emulates:
 
 - Every function of `arithmetic.py`, `intrinsics.py`, `quant_traits.py` and `system_memory.py` of `numballama/cuda`, in
-  Python (`instructions.py`), and warp shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of
-  kernels that use tensor cores.
+  Python (`instructions.py`), and warp shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX
+  of kernels that use tensor cores.
 - Typed pointers, as `Pointer`, which knows its bounds. Integers that are read from it are Python's: like Numba's int64
   they do not overflow.
 - A scheduler that replaces the simulator's, which polls its threads. One thread of a block runs at a time, until it
