@@ -51,9 +51,9 @@ ORDER = """
     cuda: repack nccl launch lowering arithmetic intrinsics system_memory quant_traits kernels.params mma fragments \
             group_mma barriers clusters wgmma tma ops.collectives ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm \
             ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling ops.repack kernels.common \
-            kernels.collectives kernels.linear_sums kernels.reduce kernels.dequant kernels.dot kernels.gemv_x kernels.rounding \
-            kernels.gemv kernels_cuda \
-            kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.block_decode \
+            kernels.collectives kernels.linear_sums kernels.reduce kernels.dequant kernels.dot kernels.gemv_x \
+            kernels.rounding kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
+            kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.block_decode \
             kernels.wgmma_loads kernels.wgmma_gemm kernels.wide_loads kernels.wide \
             kernels.kv_source kernels.decode_attention kernels.rows_attention kernels.group_queries \
             kernels.group_attention kernels.bulk_attention kernels.prefill_attention kernels.wgmma_attention \
