@@ -76,7 +76,7 @@ def _importance(
     arguments: argparse.Namespace, options: dict[str, Any], notes: list[str]
 ) -> Callable[[], Importance | None] | None:
     """A function that runs the model on a text, by default its own, to learn how much its columns count. It returns
-    None, with a note, for a model that writes no text. None for types that do not use it.
+    None, with a note, for a model that writes no text. None for types that do not use it, and with --no-calibrate.
     """
     from ..bench.perplexity import read_text
     from ..files import require_folder

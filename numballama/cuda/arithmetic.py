@@ -147,7 +147,7 @@ def cvt_f32_u8(typingctx, word):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def half_word(typingctx, word, odd):  # type: ignore[no-untyped-def]
-    """A word with its upper half below if `odd` is 1, the word itself if it is 0; the result's lower half is meant."""
+    """The word, shifted right by 16 bits if `odd` is 1. Only the lower half of the result is meant."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         number = as_integer(context, builder, args[1], odd, types.uint32)

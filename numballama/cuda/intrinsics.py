@@ -219,9 +219,6 @@ ld_shared_v4_f32 = load("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "f", 4, "sha
 st_shared_u32 = instruction("st.shared.u32 [$0], $1;", "rr")
 """st_shared_u32(address, word)"""
 
-prefetch_l2 = instruction("prefetch.global.L2 [$0];", "l")
-"""prefetch_l2(address): bring 128 bytes of global memory to the L2 cache, without waiting for them."""
-
 ld_global_v4_u32 = load("ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "r", 4)
 """ld_global_v4_u32(address): four words from a 16-byte aligned global address."""
 

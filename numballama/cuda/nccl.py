@@ -48,7 +48,6 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "ncclGetVersion": (ctypes.POINTER(_INT),),
     "ncclGetUniqueId": (ctypes.POINTER(UniqueId),),
     "ncclCommInitRank": (ctypes.POINTER(_COMM), _INT, UniqueId, _INT),
-    "ncclCommDestroy": (_COMM,),
     "ncclCommAbort": (_COMM,),
     "ncclAllReduce": (_ADDRESS, _ADDRESS, _COUNT, _INT, _INT, _COMM, ctypes.c_void_p),
     "ncclAllGather": (_ADDRESS, _ADDRESS, _COUNT, _INT, _COMM, ctypes.c_void_p),
@@ -188,7 +187,7 @@ class Communicator:
                 for root, (out, count) in enumerate(parts):
                     self._call("ncclBroadcast", source, out, count, FLOAT32, root, self._handle, stream)
             finally:
-                self._call("ncclGroupEnd")
+                self.library.call("ncclGroupEnd")  # also after an abort: the thread's later calls would be put into it
 
     def broadcast(self, where: int, count: int, stream: int) -> None:
         """Enqueue: `count` int32 of rank 0 come to the others."""
@@ -198,8 +197,8 @@ class Communicator:
     def abort(self) -> None:
         """End kernels that wait for other ranks, now and in later replays of graphs: their results are worth nothing.
 
-        Returns at once. NCCL frees what it has when the last graph that has its kernels is destroyed, and not before,
-        so that it can still be replayed.
+        Returns at once. NCCL's sources free what graphs need when the last of them is destroyed, and not before, so
+        that it can still be replayed. Not tried on a GPU.
         """
         with self._ending:
             if self._aborting is None:
@@ -216,7 +215,7 @@ class Communicator:
             self.library._loaded.ncclCommAbort(handle)
 
     def close(self) -> None:
-        """Free what NCCL has, without the other ranks, which may have ended. Graphs with its calls must be gone."""
+        """Free what NCCL has, without the other ranks, which may have ended; what graphs need, after the last one."""
         self.abort()
         assert self._aborting is not None
         self._aborting.join(CLOSE_S)

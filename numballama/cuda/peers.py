@@ -143,16 +143,18 @@ class NcclPeers:
 
     def _try_sizes(self, made: nccl.Communicator) -> None:
         numbers, stream = Memory(self._device, max(TRIED), "numbers to try"), int(self._device.stream)
-        self._device.fill(numbers.address, 0, numbers.nbytes)
-        for nbytes in TRIED:
-            part = nbytes // 4 // self._ranks
-            made.all_reduce(numbers.address, numbers.address, nbytes // 4, stream)
-            made.all_gather(numbers.address + 4 * part * self.rank, numbers.address, part, stream)
-        places = [numbers.address + 16 * (1 + rank) for rank in range(self._ranks)]
-        made.gather_parts(numbers.address, [(place, 1) for place in places], stream)
-        made.broadcast(numbers.address, 1, stream)
-        self._device.synchronize()
-        numbers.free()
+        try:
+            self._device.fill(numbers.address, 0, numbers.nbytes)
+            for nbytes in TRIED:
+                part = nbytes // 4 // self._ranks
+                made.all_reduce(numbers.address, numbers.address, nbytes // 4, stream)
+                made.all_gather(numbers.address + 4 * part * self.rank, numbers.address, part, stream)
+            places = [numbers.address + 16 * (1 + rank) for rank in range(self._ranks)]
+            made.gather_parts(numbers.address, [(place, 1) for place in places], stream)
+            made.broadcast(numbers.address, 1, stream)
+            self._device.synchronize()
+        finally:
+            numbers.free()
 
     def stop(self) -> None:
         """End kernels that wait for other ranks."""

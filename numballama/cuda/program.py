@@ -37,7 +37,7 @@ the kinds of rows in the run, and with NCCL by how many rows it exchanges. Of a 
 Prepared = PreparedLaunch | PreparedCollective
 """A launch, or NCCL in its place, ready to be enqueued."""
 LEAST_EXCHANGED = 128
-"""NCCL exchanges as many rows as are captured: this times a power of two, of a program for more than so many tokens."""
+"""NCCL exchanges as many rows as a graph was captured for: this times a power of two, at most the program's tokens."""
 
 
 def rows_to_exchange(rows: int, most: int, least: int, factor: int) -> int:

@@ -189,7 +189,7 @@ class SharedCounts(Counts):
         """
         end = time.monotonic() + _LOCKED_WITHIN_S
         while True:
-            with contextlib.suppress(OSError):  # another process has it
+            with contextlib.suppress(BlockingIOError, PermissionError):  # another process has it
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if time.monotonic() >= end:

@@ -44,7 +44,7 @@ class FakeNccl:
 
     def __init__(self, version: int = VERSION) -> None:
         self.version, self.calls = version, list[tuple[Any, ...]]()
-        self.aborted = self.destroyed = False
+        self.aborted = False
         self.failing: dict[str, int] = {}
         """Name of a function → the code with which it fails."""
         self._grouped: list[tuple[Any, ...]] | None = None
@@ -77,9 +77,6 @@ class FakeNccl:
 
     def _ncclCommAbort(self, comm: int) -> None:
         self.aborted = True
-
-    def _ncclCommDestroy(self, comm: int) -> None:
-        self.destroyed = True
 
     def _ncclAllReduce(self, source: int, out: int, count: int, kind: int, op: int, comm: int, stream: int) -> None:
         self.calls.append(("all_reduce", count))

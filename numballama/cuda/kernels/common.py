@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from ..arithmetic import cvt_f32_f16, ex2_approx, float_as_uint
-from ..intrinsics import address, griddepcontrol_launch_dependents, griddepcontrol_wait, ld_global_u32, prefetch_l2
+from ..intrinsics import address, griddepcontrol_launch_dependents, griddepcontrol_wait, ld_global_u32
 from ..quant_traits import is_q8_0, load_element
 
 FULL_MASK = 0xFFFFFFFF
@@ -44,14 +44,6 @@ def max_registers(count: int) -> Any:
         return kernel
 
     return declare
-
-
-@device
-def prefetch_norm(norm, normed, first, columns):
-    """Bring the norm's weight, up to 8192 columns, to the L2 cache: other weights have pushed it out."""
-    k = first + 32 * cuda.threadIdx.x
-    if normed and k < columns:
-        prefetch_l2(address(norm, k))
 
 
 @device

@@ -322,7 +322,6 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "st_global_u32": _st_global_u32,
     "st_shared_u32": _st_shared,
     "st_shared_v4_u32": _st_shared,
-    "prefetch_l2": lambda where: simulation.check(where, 4),
     "no_unroll": lambda: None,
     "griddepcontrol_wait": _griddepcontrol_wait,
     "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,

@@ -201,6 +201,23 @@ def test_a_group_ends_where_a_call_in_it_fails() -> None:
     assert on_all(action)[0] == [True, True]
 
 
+def test_a_group_ends_where_it_was_aborted() -> None:
+    def action(link: Communicator) -> bool:
+        start, handle = link.library._loaded.ncclGroupStart._call, link._handle
+
+        def started() -> int:
+            link._handle = None  # as an abort does that waited in vain for the call
+            return int(start())
+
+        link.library._loaded.ncclGroupStart._call = started
+        with pytest.raises(DeviceError, match="have been ended"):
+            link.gather_parts(64, [(64, 1), (128, 1)], STREAM)
+        link._handle = handle
+        return link.library._loaded._grouped is None
+
+    assert on_all(action)[0] == [True, True]
+
+
 def test_nobody_waits_for_a_rank_that_does_not_connect() -> None:
     library, started = Library(FakeNccl(), "here"), time.monotonic()
     with pytest.raises(DeviceError, match="stopped while they connected"):
