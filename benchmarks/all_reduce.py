@@ -41,7 +41,7 @@ SIZES = [4096 << step for step in range(15)]
 COLUMNS = 1024
 ROUNDS = 9
 TOGETHER_BYTES, MOST_TOGETHER, LEAST_TOGETHER = 64 << 20, 64, 4
-"""A graph has all-reduces of so many bytes together, and so many at most and at least."""
+"""All-reduces in a CUDA graph: as many as add up to this number of bytes, but at most and at least these counts."""
 WAIT_S = 60.0
 MEETINGS, SUMS = 0, 1
 """Elements of a rank's row of `RankMemory.done`."""

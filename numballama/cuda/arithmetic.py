@@ -91,15 +91,23 @@ dp4a, dp4a_su, dp4a_us, dp4a_uu = (_dp4a(kinds) for kinds in ("s32.s32", "s32.u3
 """dp4a(a, b, total): total + the dot product of the four bytes of a and of b; "su" means a is signed, b unsigned."""
 
 
-@intrinsic
-def cvt_rni_s32(typingctx, x):  # type: ignore[no-untyped-def]
-    """cvt.rni.s32.f32: x rounded to the nearest int32, halves to even."""
+def _of_one_operand(opcode: str, result: Any, operand: Any) -> Any:
+    """An instruction with one operand, which the compiler may move or leave out."""
+    kinds = {types.float32: (F32, "f"), types.int32: (I32, "r"), types.uint32: (I32, "r")}
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f")
-        return builder.call(asm, args)
+    def typing(typingctx, x):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            (to, place), (source, given) = kinds[result], kinds[operand]
+            asm = ir.InlineAsm(ir.FunctionType(to, [source]), f"{opcode} $0, $1;", f"={place},{given}")
+            return builder.call(asm, args)
 
-    return types.int32(types.float32), codegen
+        return result(operand), codegen
+
+    return intrinsic(typing)
+
+
+cvt_rni_s32 = _of_one_operand("cvt.rni.s32.f32", types.int32, types.float32)
+"""cvt_rni_s32(x): x rounded to the nearest int32, halves to even."""
 
 
 @intrinsic
@@ -121,28 +129,14 @@ def prmt_byte_planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
     return types.UniTuple(types.uint32, 3)(types.int32, types.int32, types.int32, types.int32), codegen
 
 
-@intrinsic
-def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
-    """cvt.rn.f32.s8: the lowest byte of a word as a signed integer, as float32."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.s8 $0, $1;", "=f,r")
-        return builder.call(asm, args)
-
-    return types.float32(types.uint32), codegen
+cvt_f32_s8 = _of_one_operand("cvt.rn.f32.s8", types.float32, types.uint32)
+"""cvt_f32_s8(word): the lowest byte of a word as a signed integer, as float32."""
 
 
-@intrinsic
-def cvt_f32_u8(typingctx, word):  # type: ignore[no-untyped-def]
-    """cvt.rn.f32.u8: the lowest byte of a word as float32. Numba makes uint32 & uint32 a uint64, whose conversion is
-    slow.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.u8 $0, $1;", "=f,r")
-        return builder.call(asm, args)
-
-    return types.float32(types.uint32), codegen
+cvt_f32_u8 = _of_one_operand("cvt.rn.f32.u8", types.float32, types.uint32)
+"""cvt_f32_u8(word): the lowest byte of a word as float32. Numba makes uint32 & uint32 a uint64, whose
+conversion is slow.
+"""
 
 
 @intrinsic
@@ -212,12 +206,5 @@ def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), codegen
 
 
-@intrinsic
-def ex2_approx_ftz(typingctx, x):  # type: ignore[no-untyped-def]
-    """ex2.approx.ftz.f32: the same, but 0 below 2^-126: one instruction instead of four."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(F32, [F32]), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-        return builder.call(asm, args)
-
-    return types.float32(types.float32), codegen
+ex2_approx_ftz = _of_one_operand("ex2.approx.ftz.f32", types.float32, types.float32)
+"""ex2_approx_ftz(x): the same, but 0 below 2^-126: one instruction instead of four."""

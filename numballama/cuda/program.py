@@ -366,7 +366,7 @@ class CudaProgram:
         ]
 
     def exchanged(self, tokens: int, rows: int) -> tuple[int, ...]:
-        """How many tokens, and rows with logits, NCCL exchanges in a run of so many; nothing without NCCL.
+        """(tokens, rows with logits) that NCCL exchanges in a run with `tokens` and `rows`; empty without NCCL.
 
         All ranks find the same: they have the same runs.
         """

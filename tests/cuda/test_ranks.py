@@ -192,12 +192,8 @@ def test_a_model_of_many_sequences_again_and_again_by_nccl(tmp_path: Path, by_nc
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_gone_ends_every_request_by_nccl(tmp_path: Path, by_nccl: None, how: signal.Signals) -> None:
-    """Kernels of NCCL's wait for it. The next model works."""
-    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
-    params = SamplingParams(max_tokens=600, ignore_eos=True)
-    model = compiled(path, 2, max_sequences=4, rope_pairing=HALF_SPLIT)
+def check_end(model: Model, params: SamplingParams, how: signal.Signals, within_s: float) -> None:
+    """A signal to rank 1 ends every request with an error within so many seconds, and no process is left."""
     (process,) = processes_of(model)
     requests = [iter(model.token_engine.submit(prompt, params)) for prompt in prompts(6)]
     next(requests[0])
@@ -206,9 +202,18 @@ def test_a_rank_that_is_gone_ends_every_request_by_nccl(tmp_path: Path, by_nccl:
     for request in requests:
         with pytest.raises(DeviceError, match=r"rank 1 (ended with signal SIGKILL|has given no sign of life)"):
             list(request)
-    assert time.monotonic() - started < LIMIT_S + 2 * (how == signal.SIGSTOP)
+    assert time.monotonic() - started < within_s
     model.close()
     assert process.poll() is not None
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_ends_every_request_by_nccl(tmp_path: Path, by_nccl: None, how: signal.Signals) -> None:
+    """Kernels of NCCL's wait for it. The next model works."""
+    path, _ = save(tmp_path, "llama2c-v1", CONFIG)
+    params = SamplingParams(max_tokens=600, ignore_eos=True)
+    model = compiled(path, 2, max_sequences=4, rope_pairing=HALF_SPLIT)
+    check_end(model, params, how, LIMIT_S + 2 * (how == signal.SIGSTOP))
     with compiled(path, 2, rope_pairing=HALF_SPLIT) as model:
         assert len(generated(model, SamplingParams(max_tokens=4, ignore_eos=True), 1)[0]) == 4
 
@@ -223,16 +228,5 @@ def test_a_rank_that_is_gone_ends_every_request(tmp_path: Path, how: signal.Sign
         list(first.token_engine.submit(prompts(1)[0], SamplingParams(max_tokens=4)))
     free = device.free_bytes
     model = compiled(path, 2, max_sequences=4, rope_pairing=HALF_SPLIT)
-    (process,) = processes_of(model)
-    params = SamplingParams(max_tokens=600, ignore_eos=True)
-    requests = [iter(model.token_engine.submit(prompt, params)) for prompt in prompts(6)]
-    next(requests[0])
-    started = time.monotonic()
-    os.kill(process.pid, how)
-    for request in requests:
-        with pytest.raises(DeviceError, match=r"rank 1 (ended with signal SIGKILL|has given no sign of life)"):
-            list(request)
-    assert time.monotonic() - started < LIMIT_S + (how == signal.SIGSTOP)
-    model.close()
-    assert process.poll() is not None
+    check_end(model, SamplingParams(max_tokens=600, ignore_eos=True), how, LIMIT_S + (how == signal.SIGSTOP))
     assert free - device.free_bytes <= SLACK

@@ -1,4 +1,4 @@
-"""The application as a whole: paths, errors, health, the model and its properties, and that nobody waits for others."""
+"""The server's application: paths, errors, health, the model's properties, and slow requests that delay no other."""
 
 from __future__ import annotations
 
