@@ -256,26 +256,27 @@ def _st_async(builder: Any, where: list[Any], four: list[Any], offset: int = 0) 
 
 
 @intrinsic
-def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore[no-untyped-def]
+def st_async_units(typingctx, sums, at, barrier, group, slices, inverse):  # type: ignore[no-untyped-def]
     """Send four numbers of `sums` for each 8 columns to a block of the cluster, whose mbarrier counts their bytes.
 
     Of 8 columns number u, part 4 · u + `group` belongs to block part mod `slices`; its place there is `at`, and 1,024
-    bytes · `slices` further for each part that the block has before it.
+    bytes · `slices` further for each part that the block has before it. `inverse` is 65,536 / `slices`, rounded up.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = _parts(builder, sums, args[0])
-        at, barrier, group, slices = (as_integer(context, builder, a, t, types.int32) for a, t in
+        at, barrier, group, slices, inverse = (as_integer(context, builder, a, t, types.int32) for a, t in
                                       zip(args[1:], signature.args[1:], strict=True))  # fmt: skip
         for unit in range(len(parts) // 4):
             part = builder.add(group, ir.Constant(I32, 4 * unit))
-            number = builder.udiv(part, slices)
+            # exact, as there are fewer than 2^13 / slices parts
+            number = builder.lshr(builder.mul(part, inverse), ir.Constant(I32, 16))
             rank = builder.sub(part, builder.mul(number, slices))
             to = builder.add(at, builder.mul(builder.mul(number, slices), ir.Constant(I32, 1024)))
             _st_async(builder, [to, barrier, rank], parts[4 * unit : 4 * unit + 4])
         return context.get_dummy_value()
 
-    return types.void(sums, at, barrier, group, slices), codegen
+    return types.void(sums, at, barrier, group, slices, inverse), codegen
 
 
 @intrinsic

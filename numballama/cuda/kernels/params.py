@@ -69,8 +69,9 @@ SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
 
 WIDE_ROWS, WIDE_WIDTHS = 128, (64, 128)
 """Rows of W of a tile; tokens of a block."""
-WIDE_CONSUMERS, WIDE_LOADERS = 256, 256
-"""Threads of a block that multiply; threads that load weights which must be decoded. A warp loads other weights."""
+WIDE_CONSUMERS, WIDE_LOADERS, WIDE_HELPERS = 256, 256, 64
+"""Threads of a block that multiply; threads that load weights which must be decoded. A warp loads other weights, and so
+many threads fetch the factors."""
 WIDE_REGISTERS = 104
 """Registers of a thread at most, for up to 64 tokens: of 65,536, a block of 512 threads leaves 12,288 to small kernels
 before and after."""

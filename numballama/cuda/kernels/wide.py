@@ -9,6 +9,9 @@ leaves it. W is A of wgmma and X is B, so that all tokens of a run are one produ
   its predecessor.
 - At the end of a tile each block sends the sums of a unit, of 32 rows and 8 tokens, to the block that finishes it, into
   its shared memory, and that adds them up in the order of the slices. The ring fills meanwhile.
+- What a token's sums are multiplied by is fetched while the first tile is multiplied, by two warps of their own, and
+  residuals come meanwhile too. Beside loaders that decode weights there are not enough registers for that: the two
+  warpgroups fetch it before.
 - Two mbarriers keep the blocks together: `received` counts the bytes that came, `may_send` the blocks that have read
   what was sent for the last tile.
 
@@ -26,7 +29,7 @@ import numpy as np
 from numba import cuda
 
 from ..arithmetic import float_as_uint, uint_as_float
-from ..barriers import barrier_sync, mbarrier_arrive, mbarrier_init, mbarrier_wait
+from ..barriers import barrier_arrive, barrier_sync, mbarrier_arrive, mbarrier_init, mbarrier_wait
 from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, mbarrier_arrive_at
 from ..intrinsics import (
     address,
@@ -44,6 +47,7 @@ from .common import add4, device, launch_bounds, max_registers
 from .linear_sums import link_of, rows_of_lane, send_rows
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_CONSUMERS as CONSUMERS
+from .params import WIDE_HELPERS as HELPERS
 from .params import WIDE_REGISTERS as REGISTERS
 from .params import WIDE_ROWS as ROWS
 from .skinny_sum import norm_factor, old_row, put_unit, results_of, times
@@ -75,11 +79,14 @@ def make_shared(width, stages, quantised, rank, slices):
 
 
 @device
-def put_factors(at, of_x, slices, width, first_token, tokens):
-    """Write for each slice and token what its sums are to be multiplied by: the factors of rounding and of the norm."""
+def put_factors(n, step, at, of_x, slices, width, first_token, tokens):
+    """Write for each slice and token what its sums are to be multiplied by: the factors of rounding and of the norm.
+
+    This thread does so for token n of the tile and every `step`-th after it.
+    """
     scales, squares, capacity, normed, eps, columns = of_x
-    n = np.int64(cuda.threadIdx.x)
-    if n < width:
+    while n < width:
+        no_unroll()
         t, last, total = min(first_token + n, tokens - 1), slices - 1, np.float32(0)
         for first in range(0, slices, 4):
             no_unroll()
@@ -99,6 +106,7 @@ def put_factors(at, of_x, slices, width, first_token, tokens):
                 st_shared_u32(to + 8 * width, float_as_uint(c * factor))
             if first + 3 < slices:
                 st_shared_u32(to + 12 * width, float_as_uint(d * factor))
+        n += step
 
 
 @device
@@ -176,10 +184,10 @@ def unit_exists(part, tile, first_token, tokens, height):
 
 
 @device
-def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, paired,
+def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens, of_x, helped, paired,
              sections, heights, residual, added, outs, link):  # fmt: skip
     """What the two warpgroups do that multiply. `link` is None, or what `send_rows` needs: results are then sent to
-    all ranks.
+    all ranks. `helped`: other warps write the factors.
     """
     base, stage, stages, full, empty, x_bytes = ring
     sums_at, factors_at, received, may_send, owned = exchange
@@ -189,12 +197,17 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
     group, lower = (warp & 3, warp >> 2) if paired else (warp >> 1, warp & 1)
     to = sums_at + rank * UNIT_BYTES + lower * (UNIT_BYTES >> 1) + 16 * lane
     tile, slot, parity, before, phase = cuda.blockIdx.x, 0, 0, 0, 0
+    inverse = div_u32(65535, slices) + 1
     barrier_cluster_wait()
     griddepcontrol_wait()
-    put_factors(factors_at, of_x, slices, width, first_token, tokens)
-    barrier_sync(1, CONSUMERS)
+    if not helped:
+        put_factors(np.int64(cuda.threadIdx.x), CONSUMERS, factors_at, of_x, slices, width, first_token, tokens)
+        barrier_sync(1, CONSUMERS)
     while tile < tiles:
         no_unroll()
+        mine, following = warp, tile + cuda.gridDim.x
+        place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
+        olds = old_rows(place, residual, added and helped)  # on their way while the tile is multiplied
         sums, k = zeros, 0
         while k < steps:
             no_unroll()
@@ -212,10 +225,11 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             mbarrier_wait(may_send, phase ^ 1)
         if cuda.threadIdx.x == 0:
             mbarrier_expect_tx(received, owned * slices * UNIT_BYTES)
-        st_async_units(sums, to, received, group, slices)
-        mine = warp
-        place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
-        olds = old_rows(place, residual, added)  # on their way while the sums are
+        st_async_units(sums, to, received, group, slices, inverse)
+        if helped and tile == cuda.blockIdx.x:
+            barrier_sync(2, CONSUMERS + HELPERS)  # the factors are there
+        if not helped:  # registers are few beside a decoder
+            olds = old_rows(place, residual, added)
         mbarrier_wait(received, phase)
         while mine < owned:
             no_unroll()
@@ -230,12 +244,12 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             if mine < owned:
                 place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
                 olds = old_rows(place, residual, added)
-        barrier_sync(1, CONSUMERS)
-        if cuda.threadIdx.x < slices:
-            mbarrier_arrive_at(may_send, cuda.threadIdx.x)
+        if following < tiles:  # after the last tile nobody arrives here: a block may end before others
+            barrier_sync(1, CONSUMERS)
+            if cuda.threadIdx.x < slices:
+                mbarrier_arrive_at(may_send, cuda.threadIdx.x)
         phase ^= 1
-        tile += cuda.gridDim.x
-    mbarrier_wait(may_send, phase ^ 1)  # nobody arrives here or sends any more
+        tile = following
 
 
 @device
@@ -255,10 +269,10 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
     first = rank * steps_here
     steps = min(steps_here, row_steps - first)
     sections, tiles = (row_tiles, kv_tiles), row_tiles + 2 * kv_tiles
+    of_x = x_scales, squares, capacity, normed, eps, columns
     if cuda.threadIdx.x < CONSUMERS:
-        of_x = x_scales, squares, capacity, normed, eps, columns
         multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, tokens[0], of_x,
-                 paired, sections, (rows, kv_rows), residual, added, outs, link)  # fmt: skip
+                 not has_scales(w0), paired, sections, (rows, kv_rows), residual, added, outs, link)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -268,6 +282,11 @@ def wide(zeros, tokens, x, x_map, x_scales, squares, capacity, normed, eps, colu
         load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, steps)
     else:
         barrier_cluster_wait()
+        helper = cuda.threadIdx.x - CONSUMERS - 32
+        if helper >= 0:
+            griddepcontrol_wait()
+            put_factors(helper, HELPERS, exchange[1], of_x, slices, width, first_token, tokens[0])
+            barrier_arrive(2, CONSUMERS + HELPERS)
 
 
 @max_registers(REGISTERS)

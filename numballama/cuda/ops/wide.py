@@ -12,6 +12,7 @@ from ...registry import KernelRef
 from ..kernels.params import (
     SKINNY_UNIT,
     WIDE_CONSUMERS,
+    WIDE_HELPERS,
     WIDE_LOADERS,
     WIDE_ROWS,
     WIDE_STEP_COLUMNS,
@@ -116,7 +117,7 @@ def launch(
     )  # fmt: skip
     clusters = min(row_tiles + 2 * kv_tiles, max(1, ctx.n_sms // slices))
     grid = clusters, ceil_div(rounded.shape[0], width), slices
-    threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32)
+    threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32 + WIDE_HELPERS)
     shared = fixed + stages * (stage_bytes + 16)
     if not sums:
         return [Launch(WIDE[width], grid, threads, arguments, shared, cluster=slices)]
