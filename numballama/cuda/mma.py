@@ -106,6 +106,25 @@ def st_global_v2_u32(typingctx, where, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def st_global_eight(typingctx, memory, where, elements):  # type: ignore[no-untyped-def]
+    """Store eight float32 in the type of `memory`, float32 or of 16 bits, from a 16-byte aligned global address on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at, parts = args[1], _parts(builder, elements, args[2])
+        if memory.dtype.name == "float32":
+            call_asm(builder, VOID, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f,~{memory}", [at, *parts[:4]])
+            call_asm(
+                builder, VOID, "st.global.v4.f32 [$0+16], {$1, $2, $3, $4};", "l,f,f,f,f,~{memory}", [at, *parts[4:]]
+            )
+        else:
+            words = [_pack(builder, memory.dtype.name, parts[i], parts[i + 1]) for i in range(0, 8, 2)]
+            call_asm(builder, VOID, "st.global.v4.u32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r,~{memory}", [at, *words])
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, elements), codegen
+
+
+@intrinsic
 def st_shared_v4_u32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
     """st.shared.v4.u32: four words to a 16-byte aligned shared address."""
 
@@ -338,6 +357,28 @@ def st_global_rows(typingctx, elements, first_at, second_at, first, second):  # 
         return context.get_dummy_value()
 
     return types.void(elements, types.int64, types.int64, first, second), codegen
+
+
+@intrinsic
+def st_global_rows_16(typingctx, memory, elements, places, first, second):  # type: ignore[no-untyped-def]
+    """The same in the 16-bit type of `memory`. `places`: where the first element of either row belongs, and the second
+    of either. Elements further on lie 8 columns further, by twos.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts, at = _parts(builder, elements, args[1]), _parts(builder, places, args[2])
+        wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
+        for i in range(len(parts) // 2):
+            column, row = 8 * (i // 2), i % 2
+            word = _pack(builder, memory.dtype.name, parts[2 * i], parts[2 * i + 1])
+            text = (
+                f"{{.reg .pred p; .reg .b16 low, high; setp.gt.s32 p, $2, {column}; mov.b32 {{low, high}}, $3; "
+                f"@p st.global.b16 [$0+{2 * column}], low; @p st.global.b16 [$1+{2 * column}], high;}}"
+            )
+            call_asm(builder, VOID, text, "l,l,r,r,~{memory}", [at[row], at[2 + row], wanted[row], word])
+        return context.get_dummy_value()
+
+    return types.void(memory, elements, places, first, second), codegen
 
 
 @intrinsic

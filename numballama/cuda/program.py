@@ -23,7 +23,7 @@ from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
 from .kernels.params import PREFILL_ATTENTION_TILE, WGMMA_ATTENTION_TILE
 from .launch import Array, LaunchContext, Matrix, RowKind, Work
 from .nccl import PreparedCollective
-from .ops import wide
+from .ops import joins
 from .weights import ALIGNMENT, aligned
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class CudaProgram:
         ]
         """The launches of each step."""
         self._by_nccl = backend.by_nccl
-        wide.join_sums(self.launches)
+        joins.join(self.launches)
         self.variant_starts = sorted({
             start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip

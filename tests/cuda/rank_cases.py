@@ -20,7 +20,7 @@ import numpy as np
 from numballama.cuda.kernels.params import TOKEN_ROWS, WORDS_UP_TO
 from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, Peers, TensorMap
 from numballama.cuda.ops import collectives, wgmma_gemm
-from numballama.cuda.ops.wide import join_sums
+from numballama.cuda.ops.joins import join
 from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
 from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, upload
@@ -260,7 +260,7 @@ def sums_rounded(
                 ]  # fmt: skip
                 if of_rank is joined:
                     before = sum(map(len, steps))
-                    join_sums(steps)
+                    join(steps)
                     assert sum(map(len, steps)) == before - 1, "one kernel adds up and rounds"
                 of_rank[-1] += [launch for step in steps for launch in step]
                 results[-1].append((sums, after))

@@ -12,20 +12,30 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from numballama.cuda.launch import Launch, LaunchContext, Matrix
 from numballama.cuda.ops import attention as attention_ops
 from numballama.cuda.ops import skinny, wgmma_gemm, wide
+from numballama.cuda.ops.joins import join
+from numballama.cuda.program import write_tiles
+from tests.cuda.emulator import round_16
 from tests.cuda.gemm_cases import (
     QUANTISED,
+    UNTOUCHED,
     Case,
     Emulated,
     attention,
     check_all,
     gate_up,
+    launches_of,
     linear,
     machine_maker,
     qkv_rope,
+    upload,
+    within,
 )
+from tests.helpers.paging import shuffled_table
 
 
 def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **named: Any) -> float:
@@ -153,6 +163,110 @@ def in_pieces(machine: Any, kind: str, tokens: int) -> float:
         return max(worst, qkv_rope(machine, kind, tokens, 328, (6, 3), 64, 0, "f16", tokens))
 
 
+def joined_with(machine: Any, name: str, steps: list[list[Launch]], out: Any, tokens: int) -> np.ndarray:
+    """`out` after two steps whose rounding the first one does, of which a launch is therefore left out."""
+    before = [len(step) for step in steps]
+    join(steps)
+    assert [len(step) for step in steps] == [before[0], before[1] - 1], f"{name}: {before} launches were not joined"
+    machine.execute([launch for step in steps for launch in step])
+    got: np.ndarray = machine.get(out, np.float32)
+    assert (got[tokens:] == UNTOUCHED).all(), f"{name}: rows of tokens beyond the run were written"
+    return got[:tokens].astype(np.float64)
+
+
+def rounded_attention(
+    machine: Any, cache: str, kind: str, T: int, heads: tuple[int, int], head_dim: int, positions: Sequence[int],
+    sequences: Sequence[int], tokens: int,
+) -> float:  # fmt: skip
+    """Attention that writes its results in 16 bits, and the linear layer that reads them. The two steps apart give what
+    is wanted, as other cases check: the same bits, but where an element is tiny.
+    """
+    rng, context, page, N = np.random.default_rng(6), 128, 64, 72
+    slots, K = max(sequences) + 1, heads[0] * head_dim
+    where, whose, table = np.array(positions, np.int32), np.array(sequences, np.int32), shuffled_table(slots, 2)
+    tiles = np.full((1 + T, 2), -1, np.int32)
+    write_tiles(where[:tokens], whose[:tokens], 128, tiles)
+    machine.ctx = replace(machine.ctx, tiles=machine.put(tiles, "i32"))
+    q = machine.put(rng.standard_normal((T, K)).astype(np.float32), "f32")
+    pages = [
+        machine.put(
+            round_16(rng.standard_normal((1 + 2 * slots, heads[1], page, head_dim)).astype(np.float32), cache), cache
+        )
+        for _ in "kv"
+    ]  # fmt: skip
+    matrix, w = upload(machine, rng.standard_normal((N, K)) * K**-0.5, kind)
+    old = machine.put(rng.standard_normal((T, N)).astype(np.float32), "f32")
+    kinds = [*["chunks"] * bool(tiles[0, 0]), *["single rows"] * bool(tiles[0, 1])]
+    assert int(where.max()) < context
+
+    def steps_of(mixed: Any, out: Any) -> list[list[Launch]]:
+        first = launches_of(
+            machine, "attention", ["f32", cache, "i32", "i32", "i32", cache],
+            [q, pages[0], machine.put(where, "i32"), machine.put(whose, "i32"), machine.put(table, "i32"), pages[1]],
+            [mixed], window=0,
+        )  # fmt: skip
+        first = [launch for launch in first if launch.only_for is None or launch.only_for in kinds]
+        return [first, launches_of(machine, "linear_add", ["f32", kind, "f32"], [mixed, matrix, old], [out])]
+
+    outs = [machine.put(np.full((T, N), UNTOUCHED, np.float32), "f32") for _ in range(2)]
+    mixed = [machine.put(np.full((T, K), UNTOUCHED, np.float32), "f32") for _ in range(2)]
+    apart = steps_of(mixed[0], outs[0])
+    machine.execute([launch for step in apart for launch in step])
+    want, exact = machine.get(outs[0], np.float32)[:tokens], machine.get(mixed[0], np.float32)[:tokens]
+    got = joined_with(machine, f"attention {cache}, linear {kind}", steps_of(mixed[1], outs[1]), outs[1], tokens)
+    error = 2 * within(exact, w, kind) + 2.0**-24 * np.abs(w).sum(axis=1)
+    return float((np.abs(got - want) / error).max())
+
+
+def rounded_gate_up(machine: Any, T: int, K: int, N: int, tokens: int) -> float:
+    """SwiGLU that writes its results in bfloat16, and the linear layer that reads them, as `rounded_attention`."""
+    rng = np.random.default_rng(7)
+    x, norm = (machine.put(rng.standard_normal(shape).astype(np.float32), "f32") for shape in ((T, K), (K,)))
+    (w1, _), (w3, _) = (upload(machine, rng.standard_normal((N, K)) * 2 * K**-0.5, "bf16") for _ in range(2))
+    matrix, w = upload(machine, rng.standard_normal((40, N)) * N**-0.5, "bf16")
+    hidden = [machine.put(np.full((T, N), UNTOUCHED, np.float32), "f32") for _ in range(2)]
+    outs = [machine.put(np.full((T, 40), UNTOUCHED, np.float32), "f32") for _ in range(2)]
+    both = [
+        [
+            launches_of(
+                machine, "norm_gate_up", ["f32", "f32", "bf16", "bf16"], [x, norm, w1, w3], [middle], eps=1e-5
+            ),
+            launches_of(machine, "linear", ["f32", "bf16"], [middle, matrix], [out]),
+        ]
+        for middle, out in zip(hidden, outs, strict=True)
+    ]  # fmt: skip
+    machine.execute([launch for step in both[0] for launch in step])
+    want, exact = machine.get(outs[0], np.float32)[:tokens], machine.get(hidden[0], np.float32)[:tokens]
+    got = joined_with(machine, "gate_up bf16", both[1], outs[1], tokens)
+    return float((np.abs(got - want) / (2 * within(exact, w, "bf16"))).max())
+
+
+def joined_cases() -> list[Case]:
+    """Steps that are joined (`ops.joins`), of 17 to 128 tokens."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any) -> None:
+        made.append((name, tokens, lambda machine: checked(name, check(machine, *arguments, tokens=tokens))))
+
+    rows = [*range(3, 23), 0, 0]
+    add("rounded attention f16, linear f16, by bulk copies", 20, rounded_attention, "f16", "f16", 22, (2, 2), 64, rows,
+        [*range(20), 0, 0])  # fmt: skip
+    add("rounded attention f16, linear q4_0, chunks and rows", 70, rounded_attention, "f16", "q4_0", 72, (2, 1), 64,
+        [*range(40, 80), 9, *range(29), 0, 0], [*[0] * 40, 1, *[2] * 29, 0, 0])  # fmt: skip
+    add("rounded attention bf16, linear bf16, heads that share keys", 18, rounded_attention, "bf16", "bf16", 20, (4, 2),
+        64, [*range(30, 48), 0, 0], [*range(18), 0, 0])  # fmt: skip
+    add("rounded attention f16, linear q8_0, many heads that share keys", 34, rounded_attention, "f16", "q8_0", 34,
+        (6, 1), 64, [*range(34)], [*range(34)])  # fmt: skip
+    add("rounded gate_up bf16", 35, rounded_gate_up, 40, 128, 136)
+    return made
+
+
+def checked(name: str, worst: float) -> float:
+    """The largest error as a fraction of its bound, which it may not exceed."""
+    assert worst <= 1, f"{name}: error is {worst:.3g} of the allowed one"
+    return worst
+
+
 def large_cases() -> list[Case]:
     """Linear layers of many tokens, for `wgmma_gemm` on a GPU."""
     made: list[Case] = []
@@ -227,7 +341,8 @@ def in_tall_tile(machine: Any, kind: str, tokens: int) -> float:
 def main(arguments: Sequence[str]) -> int:
     machine_of = (lambda tokens: Emulated((9, 0), tokens, wgmma=True)) if arguments else machine_maker(())
     with mock.patch.multiple(skinny, MOST=1), mock.patch.multiple(wide, MOST=1):
-        return len(check_all(machine_of, cases() + (small_cases() if arguments else large_cases())))
+        failed = check_all(machine_of, cases() + (small_cases() if arguments else large_cases()))
+    return len(failed | check_all(machine_of, joined_cases()))
 
 
 if __name__ == "__main__":

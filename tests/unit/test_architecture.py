@@ -50,7 +50,7 @@ ORDER = """
             bandwidth timing backend
     cuda: repack nccl launch lowering arithmetic intrinsics system_memory quant_traits kernels.params mma fragments \
             group_mma barriers clusters wgmma tma ops.collectives ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm \
-            ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling ops.repack kernels.common \
+            ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.joins ops.sampling ops.repack kernels.common \
             kernels.collectives kernels.linear_sums kernels.reduce kernels.dequant kernels.dot kernels.gemv_x \
             kernels.rounding kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.block_decode \

@@ -38,10 +38,10 @@ from ..intrinsics import (
     ld_v4_f32,
     no_unroll,
     shared_address,
-    st_v4_f32,
 )
 from ..quant_traits import unpack8
 from ..tma import copy_bytes, fence_mbarrier_init, mbarrier_expect_tx
+from .attention_out import put_eight, put_element
 from .common import FULL_MASK, LOG2_E, device, fast_divmod, launch_bounds
 from .decode_attention import LOWEST_SCORE
 from .group_attention import clamped
@@ -191,7 +191,7 @@ def fold(scores, offset):
 
 
 @device
-def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters):
+def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, swapped, partials, counters):
     """Write the head's result, or this split of it. The last warp to finish merges a row's splits."""
     lane, head_dim = np.int64(cuda.threadIdx.x & 31), 8 * lanes
     part_size, head = head_dim + 2, item.row * kv_heads + item.kv_head
@@ -202,9 +202,7 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
         acc[j] += cuda.shfl_xor_sync(FULL_MASK, acc[j], 16)
     if item.splits == 1:
         if lane < lanes:
-            at, factor = head * head_dim + 8 * lane, np.float32(1) / total
-            st_v4_f32(out, at, acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor)
-            st_v4_f32(out, at + 4, acc[4] * factor, acc[5] * factor, acc[6] * factor, acc[7] * factor)
+            put_eight(out, head * head_dim + 8 * lane, swapped, acc, np.float32(1) / total)
         return
     first = head * splits * part_size
     if lane < lanes:
@@ -230,7 +228,7 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
             value = np.float32(0)
             for i in range(item.splits):
                 value += cuda.shfl_sync(FULL_MASK, weight, i) * partials[first + i * part_size + d]
-            out[head * head_dim + d] = value * factor
+            put_element(out, head * head_dim + d, swapped, value * factor)
             d += 32
         if lane == 0:
             counters[head] = 0
@@ -271,8 +269,8 @@ def body_with(lanes):
                 acc[j] += w * value[j]
 
     @device
-    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window,
-             splits, blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
+    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters, kv_heads,
+             window, splits, blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
         shared = cuda.shared.array(0, np.float32)
         page_table, table_stride, log2_page, _ = pages
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
@@ -355,7 +353,7 @@ def body_with(lanes):
                 if slot == stages:
                     slot, parity = np.int64(0), parity ^ 1
                 p = (p | (KEYS - 1)) + 1
-            write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters)
+            write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, swapped, partials, counters)
             item = following
 
     return body
@@ -367,20 +365,20 @@ bulk_64, bulk_128 = body_with(8), body_with(16)
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_bulk_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                             scales_at, out, partials, counters, kv_heads, window, splits, blocks_of_keys, tiles,
-                             listed, most_rows):  # fmt: skip
+                             scales_at, out, swapped, partials, counters, kv_heads, window, splits,
+                             blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
     """Many rows, with heads of 64 elements that share no keys."""
     pages = page_table, table_stride, log2_page, scales_at
-    bulk_64(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window, splits,
-            blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
+    bulk_64(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters, kv_heads,
+            window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_bulk_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              scales_at, out, partials, counters, kv_heads, window, splits, blocks_of_keys, tiles,
-                             listed, most_rows):  # fmt: skip
+                              scales_at, out, swapped, partials, counters, kv_heads, window, splits,
+                             blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
     """Many rows, with heads of 128 elements that share no keys."""
     pages = page_table, table_stride, log2_page, scales_at
-    bulk_128(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window,
-             splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
+    bulk_128(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters, kv_heads,
+             window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip

@@ -43,6 +43,7 @@ from ..intrinsics import (
 )
 from ..mma import cvt_rn_x2, zeros16, zeros32, zeros64
 from ..quant_traits import unpack8
+from .attention_out import put_element
 from .common import FULL_MASK, LOG2_E, device, fast_divmod, is_padding_token, launch_bounds
 from .decode_attention import LOWEST_SCORE, weighted_element, weights_of_head
 from .group_queries import load_columns, load_queries
@@ -287,8 +288,8 @@ def merged(shared, heads, head_dim, h, d):
 
 
 @device
-def write_group(out, partials, counter, first_head, heads_here, part, splits_used, splits, heads, head_dim, shared,
-                is_last):  # fmt: skip
+def write_group(out, swapped, partials, counter, first_head, heads_here, part, splits_used, splits, heads, head_dim,
+                shared, is_last):  # fmt: skip
     """Write the heads' results, or this block's split of them. The last block to finish merges the splits."""
     part_size, log2 = head_dim + 2, 6 if head_dim == 64 else 7
     n = np.int64(cuda.threadIdx.x)
@@ -296,7 +297,7 @@ def write_group(out, partials, counter, first_head, heads_here, part, splits_use
         h, d = n >> log2, n & (head_dim - 1)
         value, largest, total = merged(shared, heads, head_dim, h, d)
         if splits_used == 1:
-            out[(first_head + h) * head_dim + d] = value / total
+            put_element(out, (first_head + h) * head_dim + d, swapped, value / total)
         else:
             at = ((first_head + h) * splits + part) * part_size
             partials[at + d] = value
@@ -323,7 +324,8 @@ def write_group(out, partials, counter, first_head, heads_here, part, splits_use
                 no_unroll()
                 for j in range(8):  # the compiler unrolls this: eight loads are in flight
                     value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
-            out[(first_head + h) * head_dim + d] = value / shared[weights_at + MAX_SPLITS]
+            result = value / shared[weights_at + MAX_SPLITS]
+            put_element(out, (first_head + h) * head_dim + d, swapped, result)
             n += cuda.blockDim.x
 
 
@@ -334,8 +336,8 @@ def body_with(attend, heads):
     """
 
     @device
-    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-             window, subgroups, inverse_subgroups, splits, tiles, listed, zeros, rows):  # fmt: skip
+    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters, kv_heads,
+             shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros, rows):  # fmt: skip
         shared, is_last = cuda.shared.array(0, np.float32), cuda.shared.array(1, np.int32)
         t = cuda.blockIdx.y
         if listed:
@@ -358,8 +360,8 @@ def body_with(attend, heads):
             cuda.syncthreads()  # the split before this one is no longer in shared memory
             attend(q, k_cache, v_cache, pages, position, run, sequence, first_head * head_dim, heads_here, kv_head,
                    kv_heads, begin, min(position + 1, begin + keys), shared, zeros, rows)  # fmt: skip
-            write_group(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits,
-                        heads, head_dim, shared, is_last)  # fmt: skip
+            write_group(out, swapped, partials, address(counters, counter), first_head, heads_here, part, splits_used,
+                        splits, heads, head_dim, shared, is_last)  # fmt: skip
             if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
                 counters[counter] = 0
         griddepcontrol_wait()  # of a block without a split: a kernel must not end before the preceding one
@@ -374,54 +376,54 @@ few_attention = body_with(attend_few, FEW_HEADS)
 @launch_bounds(min_blocks=3)
 @cuda.jit
 def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
-                              inverse_subgroups, splits, tiles, listed):  # fmt: skip
+                              scales_at, out, swapped, partials, counters, kv_heads, shared_by, window,
+                              subgroups, inverse_subgroups, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads of 64 elements, more than four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
-    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
+    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters,
+                    kv_heads, shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
                     zeros32())  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_group_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
-                               inverse_subgroups, splits, tiles, listed):  # fmt: skip
+                               scales_at, out, swapped, partials, counters, kv_heads, shared_by, window,
+                               subgroups, inverse_subgroups, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads of 128 elements, more than four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
-    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros64(),
+    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters,
+                    kv_heads, shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros64(),
                     zeros64())  # fmt: skip
 
 
 @launch_bounds(min_blocks=4)
 @cuda.jit
 def attention_few_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                            scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
-                            inverse_subgroups, splits, tiles, listed):  # fmt: skip
+                            scales_at, out, swapped, partials, counters, kv_heads, shared_by, window,
+                            subgroups, inverse_subgroups, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads of 64 elements, up to four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
-    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                  shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros16(),
+    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters,
+                  kv_heads, shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros16(),
                   zeros32())  # fmt: skip
 
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
 def attention_few_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                             scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
-                             inverse_subgroups, splits, tiles, listed):  # fmt: skip
+                             scales_at, out, swapped, partials, counters, kv_heads, shared_by, window,
+                             subgroups, inverse_subgroups, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads of 128 elements, up to four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
-    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                  shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
+    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, swapped, partials, counters,
+                  kv_heads, shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
                   zeros64())  # fmt: skip

@@ -20,6 +20,7 @@ from ..intrinsics import (
     ld_global_v4_f32_or_0,
     no_unroll,
 )
+from ..quant_traits import store_element
 from .common import LOG2_E, add4, device, launch_bounds
 from .linear_sums import add_up_unit, link_of, send_unit
 from .params import SKINNY_UNIT as UNIT
@@ -38,19 +39,13 @@ def old_row(row, token, here, rows, residual, added):
 
 
 @device
-def put_row(row, token, here, a, b, rows, kv_rows, outs):
-    """Write a row's results for two tokens from `token` on, `here` of which exist. Rows of keys and values come after
-    those of the first weight.
-    """
-    width = rows if row < rows else kv_rows
-    inside = row if row < rows else (row - rows if row < rows + kv_rows else row - rows - kv_rows)
-    if row < rows + 2 * kv_rows:
-        out = address(outs[0], 0) if row < rows else address(outs[1] if row < rows + kv_rows else outs[2], 0)
-        at = token * width + inside
-        if here > 0:
-            st_global_f32(out + 4 * at, a)
-        if here > 1:
-            st_global_f32(out + 4 * (at + width), b)
+def put_row(row, token, here, a, b, rows, out):
+    """Write a row's results for two tokens from `token` on, `here` of which exist, in the type of `out`."""
+    at = token * rows + row
+    if row < rows and here > 0:
+        store_element(out, at, a)
+    if row < rows and here > 1:
+        store_element(out, at + rows, b)
 
 
 @device
@@ -77,16 +72,16 @@ def results_of(paired, factors, upper, lower, olds):
 
 
 @device
-def put_unit(paired, row, token, here, results, rows, kv_rows, outs):
+def put_unit(paired, row, token, here, results, rows, out):
     """Write a unit's results: of `row` and 8 more, and unless `paired` of rows 16 further, for two tokens from `token`
     on, of which `here` exist.
     """
     first, second, third, fourth = results
-    put_row(row, token, here, first[0], first[1], rows, kv_rows, outs)
-    put_row(row + 8, token, here, second[0], second[1], rows, kv_rows, outs)
+    put_row(row, token, here, first[0], first[1], rows, out)
+    put_row(row + 8, token, here, second[0], second[1], rows, out)
     if not paired:
-        put_row(row + 16, token, here, third[0], third[1], rows, kv_rows, outs)
-        put_row(row + 24, token, here, fourth[0], fourth[1], rows, kv_rows, outs)
+        put_row(row + 16, token, here, third[0], third[1], rows, out)
+        put_row(row + 24, token, here, fourth[0], fourth[1], rows, out)
 
 
 @device
@@ -262,4 +257,4 @@ def skinny_sum_all_reduce_kernel(tokens, partials, scales, squares, capacity, no
     )  # fmt: skip
     link, unit = link_of(exchange, inbox_at, slot, peers, stop, rank, ranks), cuda.blockIdx.y * groups + group
     send_unit(link, unit, results)
-    put_unit(False, row, token, here, add_up_unit(link, unit), rows, 0, (out, out, out))
+    put_unit(False, row, token, here, add_up_unit(link, unit), rows, out)

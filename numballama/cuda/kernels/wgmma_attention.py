@@ -40,7 +40,6 @@ from ..mma import (
     row_max,
     row_scale,
     row_sum,
-    st_global_rows,
     st_shared_v4_u32,
 )
 from ..wgmma import (
@@ -56,6 +55,7 @@ from ..wgmma import (
     window_mask,
     zeros_of,
 )
+from .attention_out import put_rows
 from .common import device, fast_divmod, launch_bounds, pdl_sync
 from .decode_attention import LOWEST_SCORE
 from .params import WGMMA_ATTENTION_THREADS as THREADS
@@ -148,8 +148,8 @@ def masked(scores, key, start, window, row0):
 
 
 @device
-def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, kv_head,
-           head_dim, window, factor):  # fmt: skip
+def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, swapped, kv_heads,
+           kv_head, head_dim, window, factor):  # fmt: skip
     """Attention of one head of a tile: `rows` tokens of one sequence, from row `first` of the run on."""
     keys, tiles = 2 * len(scores), (2 * len(sums) + 63) >> 6
     head, heads = cuda.blockIdx.x, cuda.gridDim.x
@@ -259,8 +259,8 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     sums = row_scale(sums, rcp_approx(quad_sum(totals[0])), rcp_approx(quad_sum(totals[1])))
     row0 += 64 * group
     at = ((first + row0) * heads + head) * head_dim + 2 * (thread & 3)
-    st_global_rows(sums, address(out, at), address(out, at + 8 * heads * head_dim), head_dim if row0 < rows else 0,
-                   head_dim if row0 + 8 < rows else 0)  # fmt: skip
+    put_rows(out, swapped, sums, at, at + 8 * heads * head_dim, head_dim if row0 < rows else 0,
+             head_dim if row0 + 8 < rows else 0)  # fmt: skip
     cuda.syncthreads()  # no thread reads this tile any more
     if thread == 0:
         for i in range(10):
@@ -268,8 +268,8 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
 
 
 @device
-def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences, tiles, out, kv_heads,
-                 shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
+def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences, tiles, out, swapped,
+                 kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """The body of the kernels here: blockIdx.x is the head, blockIdx.y the first of a block's tiles."""
     pdl_sync()
     kv_head, _ = fast_divmod(cuda.blockIdx.x, shared_by, inverse_shared)
@@ -279,45 +279,53 @@ def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences,
     while tile < count:
         no_unroll()
         first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
-        attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, kv_head,
-               head_dim, window, factor)  # fmt: skip
+        attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, swapped, kv_heads,
+               kv_head, head_dim, window, factor)  # fmt: skip
         tile += cuda.gridDim.y
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
+                              tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                              factor):  # fmt: skip
     """Heads of up to 64 elements."""
     attend_tiles(zeros_of(32), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                 factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_96_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
+                              tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                              factor):  # fmt: skip
     """Heads of up to 96 elements."""
     attend_tiles(zeros_of(48), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                 factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
+                               tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                               factor):  # fmt: skip
     """Heads of up to 128 elements."""
     attend_tiles(zeros_of(64), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                 factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_256_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
+                               tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                               factor):  # fmt: skip
     """Heads of up to 256 elements."""
     attend_tiles(zeros_of(128), zeros_of(32), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, swapped, kv_heads, shared_by, inverse_shared, head_dim, window,
+                 factor)  # fmt: skip
 
 
 assert THREADS == 2 * TILE, "a warpgroup for each 64 queries; a thread copies 16 bytes of every 32nd row"

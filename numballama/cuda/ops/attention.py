@@ -68,6 +68,8 @@ ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
 WGMMA = "numballama.cuda.kernels.wgmma_attention"
 ATTENTION_WGMMA = {width: KernelRef(WGMMA, f"attention_wgmma_{width}_kernel") for width in WGMMA_ATTENTION_KEYS}
 """Elements of the widest head → the kernel for it."""
+ROUNDING = ATTENTION_GROUP, ATTENTION_FEW, ATTENTION_BULK, ATTENTION_WGMMA
+"""The kernels that can write their results in 16 bits."""
 
 MORE_TILES = 8
 """Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
@@ -148,9 +150,9 @@ def _wgmma(
     heads = q.shape[1] // head_dim
     width = next(width for width in ATTENTION_WGMMA if width >= head_dim)
     arguments = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out, kv_heads=kv_heads,
-        shared_by=heads // kv_heads, inverse_shared=kv_heads / heads, head_dim=head_dim, window=window,
-        factor=_factor(head_dim),
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out, swapped=0,
+        kv_heads=kv_heads, shared_by=heads // kv_heads, inverse_shared=kv_heads / heads, head_dim=head_dim,
+        window=window, factor=_factor(head_dim),
     )  # fmt: skip
     # a block has a multiprocessor to itself: more blocks than that wait, as tiles of the same block do
     tiles = max(ceil_div(q.shape[0], WGMMA_ATTENTION_TILE), ceil_div(ctx.n_sms, heads))
@@ -226,8 +228,8 @@ def _decode(
 
         def bulk(parts: int) -> Launch:
             arguments = named(
-                **operands, partials=partials, counters=counters, kv_heads=kv_heads, window=window, splits=most_splits,
-                blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
+                **operands, swapped=0, partials=partials, counters=counters, kv_heads=kv_heads, window=window,
+                splits=most_splits, blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
             )  # fmt: skip
             return Launch(ATTENTION_BULK[head_dim], (ctx.n_sms, 1), 32 * BULK_WARPS, arguments, BULK_SHARED)
 
@@ -236,8 +238,8 @@ def _decode(
             together, kernels = (FEW_HEADS, ATTENTION_FEW) if few else (GROUP_HEADS, ATTENTION_GROUP)
             subgroups = ceil_div(shared_by, together)
             arguments = named(
-                **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by,
-                window=window, subgroups=subgroups, inverse_subgroups=1 / subgroups, **rows,
+                **operands, swapped=0, partials=partials, counters=counters, kv_heads=kv_heads,
+                shared_by=shared_by, window=window, subgroups=subgroups, inverse_subgroups=1 / subgroups, **rows,
             )  # fmt: skip
             results, ring = 4 * together * (head_dim + 4), GROUP_STAGES * 64 * head_dim  # of a warp, in bytes
             grid, shared = (kv_heads * subgroups, tokens, blocks_of_keys), GROUP_THREADS // 32 * max(results, ring)

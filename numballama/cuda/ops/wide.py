@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 from ...memory import ceil_div
 from ...registry import KernelRef
@@ -18,7 +17,7 @@ from ..kernels.params import (
     WIDE_STEP_COLUMNS,
     WIDE_WIDTHS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, Work, named
+from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
 from .collectives import Sums
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
@@ -127,17 +126,3 @@ def launch(
         Launch(SEND[width], grid, threads, arguments | of_ranks, shared, cluster=slices),
         Launch(ADD_UP, (ceil_div(rounded.shape[0] * ceil_div(rows, 16), 128),), 128, of_sums | of_ranks),
     ]
-
-
-def join_sums(steps: Sequence[list[Work]]) -> None:
-    """Where a step ends with sums over ranks, and the next one begins by rounding them, let one kernel do both, at the
-    end of the first step. It writes to the memory of the next step, which nothing uses before.
-    """
-    for step, following in pairwise(steps):
-        if not (step and following and isinstance(step[-1], Launch) and isinstance(following[0], Launch)):
-            continue
-        sums, rounding = step[-1].arguments, following[0]
-        if (step[-1].kernel, rounding.kernel) == (ADD_UP, ROUND) and rounding.arguments["x"] == sums["out"]:
-            of_ranks = {name: value for name, value in sums.items() if name not in ("tokens", "out", "rows")}
-            step[-1] = replace(rounding, kernel=ROUND_SUMS, arguments={**rounding.arguments, **of_ranks})
-            del following[0]
