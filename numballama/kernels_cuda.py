@@ -195,25 +195,31 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, pa
     if is_padding_token(tokens):
         return
     griddepcontrol_launch_dependents()  # at once: attention copies keys of earlier runs
-    griddepcontrol_wait()
     t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x, head_dim // 2
     head = pair // half
     i = pair - head * half
     a = head * head_dim + (2 * i if interleaved else i)
     apart = 1 if interleaved else half
-    cos, sin = angles[t * head_dim + i], angles[t * head_dim + half + i]
-    if a + apart < q_rows:
-        x, y = q[t * q_rows + a], q[t * q_rows + a + apart]
-        out[t * q_rows + a] = x * cos - y * sin
-        out[t * q_rows + a + apart] = x * sin + y * cos
-    if a + apart < kv_rows:
+    of_query, of_key, at = a + apart < q_rows, a + apart < kv_rows, 0
+    if of_key:  # inputs of the run, which no kernel writes
         pages = page_table, table_stride, log2_page
         at = kv_index(pages, sequences[t], head, positions[t], kv_rows // head_dim, head_dim) + a - head * head_dim
-        x, y = k[t * kv_rows + a], k[t * kv_rows + a + apart]
-        store_element(k_cache, at, x * cos - y * sin)
-        store_element(k_cache, at + apart, x * sin + y * cos)
-        store_element(v_cache, at, v[t * kv_rows + a])
-        store_element(v_cache, at + apart, v[t * kv_rows + a + apart])
+    griddepcontrol_wait()
+    x = y = k0 = k1 = v0 = v1 = np.float32(0)
+    cos, sin = angles[t * head_dim + i], angles[t * head_dim + half + i]
+    if of_query:
+        x, y = q[t * q_rows + a], q[t * q_rows + a + apart]
+    if of_key:
+        k0, k1 = k[t * kv_rows + a], k[t * kv_rows + a + apart]
+        v0, v1 = v[t * kv_rows + a], v[t * kv_rows + a + apart]
+    if of_query:  # all loads are in flight together: stores come last
+        out[t * q_rows + a] = x * cos - y * sin
+        out[t * q_rows + a + apart] = x * sin + y * cos
+    if of_key:
+        store_element(k_cache, at, k0 * cos - k1 * sin)
+        store_element(k_cache, at + apart, k0 * sin + k1 * cos)
+        store_element(v_cache, at, v0)
+        store_element(v_cache, at + apart, v1)
 
 
 @cuda.jit

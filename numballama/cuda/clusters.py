@@ -14,6 +14,10 @@ from .lowering import instruction
 barrier_cluster_arrive = instruction("barrier.cluster.arrive.release;", "")
 """barrier_cluster_arrive(): what this thread has written is there for those that wait."""
 
+barrier_cluster_arrive_relaxed = instruction("barrier.cluster.arrive.relaxed;", "")
+"""barrier_cluster_arrive_relaxed(): the same without a fence of all memory, which takes a microsecond. After
+`fence_mbarrier_init` others see new mbarriers."""
+
 barrier_cluster_wait = instruction("barrier.cluster.wait.acquire;", "")
 """barrier_cluster_wait(): wait until all threads of the cluster have arrived."""
 

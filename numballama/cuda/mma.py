@@ -106,6 +106,21 @@ def st_global_v2_u32(typingctx, where, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def st_global_as(typingctx, memory, where, x):  # type: ignore[no-untyped-def]
+    """Store a float32 in the type of `memory`, float32 or of 16 bits, to a global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if memory.dtype.name == "float32":
+            call_asm(builder, VOID, "st.global.f32 [$0], $1;", "l,f,~{memory}", args[1:])
+        else:
+            text = "{.reg .b16 low, high; mov.b32 {low, high}, $1; st.global.b16 [$0], low;}"
+            call_asm(builder, VOID, text, "l,r,~{memory}", [args[1], _pack(builder, memory.dtype.name, *args[2:] * 2)])
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, types.float32), codegen
+
+
+@intrinsic
 def st_global_eight(typingctx, memory, where, elements):  # type: ignore[no-untyped-def]
     """Store eight float32 in the type of `memory`, float32 or of 16 bits, from a 16-byte aligned global address on."""
 

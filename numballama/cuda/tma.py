@@ -19,6 +19,9 @@ mbarrier_expect_tx = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [
 fence_tensormap = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l")
 """fence_tensormap(tensor map): what the host has written there is what the engine reads from now on."""
 
+prefetch_tensormap = instruction("prefetch.tensormap [$0];", "l")
+"""prefetch_tensormap(tensor map): the engine's first copy by this map will not wait for the map itself."""
+
 copy_box = instruction(
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3}], [$4];", "rlrrr"
 )

@@ -280,6 +280,23 @@ def st_async_units(typingctx, sums, at, barrier, group, slices, inverse):  # typ
 
 
 @intrinsic
+def st_shared_units(typingctx, sums, at, group):  # type: ignore[no-untyped-def]
+    """Store what `st_async_units` would send, where one block has all parts."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        at, group = (as_integer(context, builder, a, t, types.int32) for a, t in
+                     zip(args[1:], signature.args[1:], strict=True))  # fmt: skip
+        at = builder.add(at, builder.mul(group, ir.Constant(I32, 1024)))
+        for unit in range(len(parts) // 4):
+            text = f"st.shared.v4.f32 [$0+{4096 * unit}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "r,f,f,f,f,~{memory}", [at, *parts[4 * unit : 4 * unit + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, at, group), codegen
+
+
+@intrinsic
 def st_async_parts(typingctx, sums, at, barrier, rank):  # type: ignore[no-untyped-def]
     """Send `sums` to block `rank` of the cluster, whose mbarrier counts their bytes: four numbers for each 8 columns,
     2,048 bytes apart from `at` on.

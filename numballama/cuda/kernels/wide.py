@@ -28,21 +28,23 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..arithmetic import float_as_uint, uint_as_float
+from ..arithmetic import float_as_uint, mad_wide_s32, s32, uint_as_float
 from ..barriers import barrier_arrive, barrier_sync, mbarrier_arrive, mbarrier_init, mbarrier_wait
-from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, mbarrier_arrive_at
+from ..clusters import barrier_cluster_arrive_relaxed, barrier_cluster_wait, mbarrier_arrive_at
 from ..intrinsics import (
     address,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
+    ld_global_f32_or_0,
     ld_shared_v2_u32,
     ld_shared_v4_f32,
     no_unroll,
     st_shared_u32,
 )
-from ..quant_traits import has_scales, scale_bytes
+from ..mma import st_global_as
+from ..quant_traits import has_scales, per_16_bytes, scale_bytes
 from ..tma import div_u32, fence_mbarrier_init, mbarrier_expect_tx
-from ..wgmma import DESCRIPTOR, st_async_units, wgmma_end, wgmma_tile, zeros_of
+from ..wgmma import DESCRIPTOR, st_async_units, st_shared_units, wgmma_end, wgmma_tile, zeros_of
 from .common import add4, device, launch_bounds, max_registers
 from .linear_sums import link_of, rows_of_lane, send_rows
 from .params import SKINNY_UNIT as UNIT
@@ -50,7 +52,7 @@ from .params import WIDE_CONSUMERS as CONSUMERS
 from .params import WIDE_HELPERS as HELPERS
 from .params import WIDE_REGISTERS as REGISTERS
 from .params import WIDE_ROWS as ROWS
-from .skinny_sum import norm_factor, old_row, put_unit, results_of, times
+from .skinny_sum import norm_factor, results_of, times
 from .wgmma_loads import ROW_BYTES, make_ring, next_slot, section_of
 from .wide_loads import load_boxes, load_slices
 
@@ -74,7 +76,7 @@ def make_shared(width, stages, quantised, rank, slices):
         mbarrier_init(may_send, slices)
         fence_mbarrier_init()
     cuda.syncthreads()
-    barrier_cluster_arrive()
+    barrier_cluster_arrive_relaxed()
     return ring, (sums_at, factors_at, received, may_send, owned)
 
 
@@ -116,25 +118,59 @@ def put_factors(n, step, at, of_x, slices, width, first_token, tokens):
 
 
 @device
-def place_of_part(part, tile, first_token, tokens, paired, sections, heights):
-    """Where this lane's part of a unit's results belongs: (number of the weight, its rows, first row, first of two
-    tokens, how many tokens there are from that one on, which may be none).
+def place_of_part(part, tile, first_token, paired, sections, heights, residual, outs):
+    """Where this lane's results of a part of a tile belong: (address of the first of four rows, 8 apart, of the first
+    of two tokens, bytes to the next token's, the same two of the residuals, the token's number, which rows exist).
     """
     section, inside = section_of(tile, sections[0], sections[1])
-    lane = cuda.threadIdx.x & 31
-    token = first_token + 8 * (part >> 2) + 2 * (lane & 3)
-    row = ((inside * GROUPS + (part & 3)) << (4 if paired else 5)) + (lane >> 2)
-    return section, heights[0] if section == 0 else heights[1], row, token, tokens - token
+    lane, height, out = s32(cuda.threadIdx.x & 31), s32(heights[0]), outs[0]
+    if section > 0:
+        height, out = s32(heights[1]), outs[1]
+    if section == 2:
+        out = outs[2]
+    group = s32(s32(inside) * GROUPS + (part & 3))
+    row = s32(s32(group << (4 if paired else 5)) + (lane >> 2))
+    token, item = s32(first_token + 8 * (part >> 2) + 2 * (lane & 3)), s32(16 // per_16_bytes(out))
+    step, old_step = s32(height * item), s32(4 * height)
+    to = mad_wide_s32(token, step, mad_wide_s32(row, item, address(out, 0)))
+    old = mad_wide_s32(token, old_step, mad_wide_s32(row, 4, address(residual, 0)))
+    two = not paired
+    return to, step, old, old_step, token, (row < height, row + 8 < height, two and row + 16 < height,
+                                            two and row + 24 < height)  # fmt: skip
 
 
 @device
-def old_rows(place, residual, added):
-    """The residuals of this lane's part of a unit."""
-    _, height, row, token, here = place
+def next_part(place, tokens):
+    """The place of results of the same rows, `tokens` further."""
+    to, step, old, old_step, token, rows = place
+    tokens = s32(tokens)
     return (
-        old_row(row, token, here, height, residual, added), old_row(row + 8, token, here, height, residual, added),
-        old_row(row + 16, token, here, height, residual, added),
-        old_row(row + 24, token, here, height, residual, added),
+        mad_wide_s32(tokens, step, to),
+        step,
+        mad_wide_s32(tokens, old_step, old),
+        old_step,
+        s32(token + tokens),
+        rows,
+    )
+
+
+@device
+def tokens_of(place, count):
+    """How many of two tokens exist, of `count` in the run, in each of four rows."""
+    here, none, (first, second, third, fourth) = s32(count - place[4]), s32(0), place[5]
+    return here if first else none, here if second else none, here if third else none, here if fourth else none
+
+
+@device
+def old_rows(place, count, added):
+    """The residuals of this lane's part of a unit; zeros if there are none."""
+    a, b, c, d = tokens_of(place, count if added else s32(0))
+    at, other = place[2], place[2] + place[3]
+    return (
+        (ld_global_f32_or_0(at, a), ld_global_f32_or_0(other, s32(a - 1))),
+        (ld_global_f32_or_0(at + 32, b), ld_global_f32_or_0(other + 32, s32(b - 1))),
+        (ld_global_f32_or_0(at + 64, c), ld_global_f32_or_0(other + 64, s32(c - 1))),
+        (ld_global_f32_or_0(at + 96, d), ld_global_f32_or_0(other + 96, s32(d - 1))),
     )  # fmt: skip
 
 
@@ -144,7 +180,7 @@ def add_part(sums, here, at, factors_at):
     upper, lower = sums
     first, second = ld_shared_v2_u32(factors_at)
     scale, scale2 = uint_as_float(first), uint_as_float(second)
-    a, b = ld_shared_v4_f32(at), ld_shared_v4_f32(at + (UNIT_BYTES >> 1))
+    a, b = ld_shared_v4_f32(at), ld_shared_v4_f32(s32(at + (UNIT_BYTES >> 1)))
     if here:
         upper, lower = add4(upper, times(a, scale, scale2)), add4(lower, times(b, scale, scale2))
     return upper, lower
@@ -154,25 +190,34 @@ def add_part(sums, here, at, factors_at):
 def sum_part(at, factors_at, width, slices, olds, paired):
     """Add up a unit's sums of all slices, and finish the results."""
     zero, one = np.float32(0), np.float32(1)
-    sums, last = ((zero, zero, zero, zero), (zero, zero, zero, zero)), slices - 1
-    for s in range(0, slices, 2):
+    sums, last, s = ((zero, zero, zero, zero), (zero, zero, zero, zero)), s32(slices - 1), s32(0)
+    while s <= last:
         no_unroll()
-        second = min(s + 1, last)
-        sums = add_part(sums, True, at + s * UNIT_BYTES, factors_at + 4 * s * width)
-        sums = add_part(sums, s < last, at + second * UNIT_BYTES, factors_at + 4 * second * width)
+        second = s32(min(s32(s + 1), last))
+        sums = add_part(sums, True, s32(at + s * UNIT_BYTES), s32(factors_at + 4 * s * width))
+        sums = add_part(sums, s < last, s32(at + second * UNIT_BYTES), s32(factors_at + 4 * second * width))
+        s = s32(s + 2)
     return results_of(paired, (one, one), sums[0], sums[1], olds)
 
 
 @device
-def put_part(place, results, paired, outs):
-    """Write a unit's results."""
-    section, height, row, token, here = place
-    out = outs[0]
-    if section == 1:
-        out = outs[1]
-    elif section == 2:
-        out = outs[2]
-    put_unit(paired, row, token, here, results, height, out)
+def put_pair(out, to, next_token, here, pair):
+    """Write a row's results for two tokens, `here` of which exist."""
+    if here > 0:
+        st_global_as(out, to, pair[0])
+    if here > 1:
+        st_global_as(out, to + next_token, pair[1])
+
+
+@device
+def put_part(out, place, count, results):
+    """Write this lane's results of a unit in the type of `out`, for a run of `count` tokens."""
+    a, b, c, d = tokens_of(place, count)
+    to, step, apart = place[0], place[1], 8 * (16 // per_16_bytes(out))
+    put_pair(out, to, step, a, results[0])
+    put_pair(out, to + apart, step, b, results[1])
+    put_pair(out, to + 2 * apart, step, c, results[2])
+    put_pair(out, to + 3 * apart, step, d, results[3])
 
 
 @device
@@ -209,11 +254,14 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
     if not helped:
         put_factors(np.int64(cuda.threadIdx.x), CONSUMERS, factors_at, of_x, slices, width, first_token, tokens)
         barrier_sync(1, CONSUMERS)
+    slices, width = s32(slices), s32(width)
+    count, my_sums, my_factors = s32(tokens), s32(sums_at + 16 * lane), s32(factors_at - 4 * first_token)
     while tile < tiles:
         no_unroll()
-        mine, following = warp, tile + cuda.gridDim.x
-        place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
-        olds = old_rows(place, residual, added and helped)  # on their way while the tile is multiplied
+        mine, following = s32(warp), tile + cuda.gridDim.x
+        part = s32(mine * slices + rank)
+        place = place_of_part(part, tile, first_token, paired, sections, heights, residual, outs)
+        olds = old_rows(place, count, added and helped)  # on their way while the tile is multiplied
         sums, k = zeros, 0
         while k < steps:
             no_unroll()
@@ -229,27 +277,31 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             mbarrier_arrive(empty + 8 * before)
         if tile != cuda.blockIdx.x:
             mbarrier_wait(may_send, phase ^ 1)
-        if cuda.threadIdx.x == 0:
-            mbarrier_expect_tx(received, owned * slices * UNIT_BYTES)
-        st_async_units(sums, to, received, group, slices, inverse)
+        if slices == 1:
+            st_shared_units(sums, to, group)
+            barrier_sync(1, CONSUMERS)
+        else:
+            if cuda.threadIdx.x == 0:
+                mbarrier_expect_tx(received, owned * slices * UNIT_BYTES)
+            st_async_units(sums, to, received, group, slices, inverse)
         if helped and tile == cuda.blockIdx.x:
             barrier_sync(2, CONSUMERS + HELPERS)  # the factors are there
         if not helped:  # registers are few beside a decoder
-            olds = old_rows(place, residual, added)
-        mbarrier_wait(received, phase)
+            olds = old_rows(place, count, added)
+        if slices > 1:
+            mbarrier_wait(received, phase)
         while mine < owned:
             no_unroll()
-            of_part = factors_at + 4 * (place[3] - first_token)
-            at = sums_at + mine * slices * UNIT_BYTES + 16 * lane
-            results = sum_part(at, of_part, width, slices, olds, paired)
+            at = s32(my_sums + mine * slices * UNIT_BYTES)
+            results = sum_part(at, s32(my_factors + 4 * place[4]), width, slices, olds, paired)
             if link is None:
-                put_part(place, results, paired, outs)
-            elif unit_exists(mine * slices + rank, tile, first_token, tokens, heights[0]):
-                send_part(link, mine * slices + rank, tile, first_token, tokens, heights[0], results)
-            mine += CONSUMERS // 32
+                put_part(outs[0], place, count, results)
+            elif unit_exists(part, tile, first_token, tokens, heights[0]):
+                send_part(link, part, tile, first_token, tokens, heights[0], results)
+            mine, part = s32(mine + CONSUMERS // 32), s32(part + CONSUMERS // 32 * slices)
             if mine < owned:
-                place = place_of_part(mine * slices + rank, tile, first_token, tokens, paired, sections, heights)
-                olds = old_rows(place, residual, added)
+                place = next_part(place, CONSUMERS // 16 * slices)
+                olds = old_rows(place, count, added)
         if following < tiles:  # after the last tile nobody arrives here: a block may end before others
             barrier_sync(1, CONSUMERS)
             if cuda.threadIdx.x < slices:

@@ -10,7 +10,7 @@ from numba import cuda
 from ..barriers import mbarrier_wait
 from ..clusters import barrier_cluster_wait
 from ..intrinsics import griddepcontrol_wait, no_unroll
-from ..tma import copy_box, fence_tensormap, mbarrier_expect_tx
+from ..tma import copy_box, fence_tensormap, mbarrier_expect_tx, prefetch_tensormap
 from .block_decode import load_block
 from .common import device
 from .params import WGMMA_CONSUMERS, WGMMA_ROWS
@@ -41,6 +41,7 @@ def load_boxes(tiles, ring, x_map, first_token, maps, paired, sections, first, s
                       full + 8 * k)  # fmt: skip
         k += 1
     fence_tensormap(x_map)
+    prefetch_tensormap(x_map)
     barrier_cluster_wait()
     griddepcontrol_wait()
     while tile < tiles:
@@ -71,6 +72,7 @@ def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides,
     started = False
     if cuda.threadIdx.x == CONSUMERS:
         fence_tensormap(x_map)
+        prefetch_tensormap(x_map)
     while tile < tiles:
         no_unroll()
         w0, s0 = row_addresses(bases, strides, paired, tile, sections, sizes, place[0])
