@@ -56,8 +56,8 @@ ORDER = """
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.block_decode \
             kernels.wgmma_loads kernels.wgmma_gemm kernels.wide_loads kernels.wide \
             kernels.kv_source kernels.decode_attention kernels.rows_attention kernels.group_queries \
-            kernels.group_attention kernels.bulk_attention kernels.prefill_attention kernels.wgmma_attention \
-            kernels.logits kernels.sampling kernels.copy kernels.repack compiler driver peers \
+            kernels.attention_out kernels.group_attention kernels.bulk_attention kernels.prefill_attention \
+            kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy kernels.repack compiler driver peers \
             selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
     reference
     parallel: shares weights shard communication rank_memory hangs backend graph_json rank_device rank_process processes
