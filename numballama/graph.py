@@ -230,7 +230,8 @@ def build(
         x = graph.add("rows", x, rows, out="x_rows")
     result = b.classify(x)
     graph.outputs = [result.name, graph.add("argmax", result, out="next").name]
-    if unread := [name for name in config.weight_shapes() if name not in graph.values]:
+    readers = graph.consumers()
+    if unread := [name for name in config.weight_shapes() if not readers.get(name)]:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise Error(
             f"no op reads {', '.join(unread[:3])}{more}: {LAYERS[type(config)].__name__} must read each weight that "
