@@ -17,7 +17,7 @@ from numballama.visualize.html import page
 from tests.helpers.chromium import chromium
 
 PICTURE = Path(__file__).parent / "images" / "notebook.webp"
-WIDTH, HEIGHT = 1490, 1405
+WIDTH, HEIGHT = 1490, 1383
 
 
 def html(other: str) -> str:

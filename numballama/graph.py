@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import INTERLEAVED, ModelConfig
+from .errors import Error
 from .ir import Graph, Value, nbytes_of
 from .memory import ceil_div
 from .ops import EXCHANGE
@@ -214,6 +215,8 @@ def build(
     the input of every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every
     weight of blocks as well, as `VEC_DOT_TYPE` says. With `lens`, the output of each layer before the last also goes
     through the final norm and the classifier: `layers.N.lens_logits` are the logits if the model ended there.
+
+    Raises `Error` if no op reads one of the config's weights.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     b = Builder(graph, config, types, kv, tokens, int8_activations, activations)
@@ -227,4 +230,11 @@ def build(
         x = graph.add("rows", x, rows, out="x_rows")
     result = b.classify(x)
     graph.outputs = [result.name, graph.add("argmax", result, out="next").name]
+    readers = graph.consumers()
+    if unread := [name for name in config.weight_shapes() if not readers.get(name)]:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise Error(
+            f"no op reads {', '.join(unread[:3])}{more}: {LAYERS[type(config)].__name__} must read each weight that "
+            f"{type(config).__name__}.layer_shapes has"
+        )
     return graph

@@ -216,7 +216,7 @@ def layers() -> str:
         p.box(530, y, 220, h - 2, name, kind)
         y += h
     p.note(380, 30, "a pass joins ops for which", "middle")
-    p.note(380, 398, "the device has one kernel", "middle")
+    p.note(380, 46, "the device has one kernel", "middle")
     return str(p)
 
 

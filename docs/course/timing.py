@@ -40,11 +40,11 @@ def copy_bandwidth(nbytes: int = 1 << 30) -> float:
 
 
 def multiprocessors() -> int:
-    """SMs of the GPU; 1 in the simulator."""
-    return int(getattr(cuda.get_current_device(), "MULTIPROCESSOR_COUNT", 1))
+    """SMs of the GPU."""
+    return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
 def name() -> str:
     """The GPU's name."""
-    found = getattr(cuda.get_current_device(), "name", "the simulator")
+    found = cuda.get_current_device().name
     return found.decode() if isinstance(found, bytes) else str(found)

@@ -125,10 +125,10 @@ def floor(config: ModelConfig, weight_bytes: float, bandwidth: float, position: 
 
 
 def test_3_the_floor() -> None:
-    """The H200's memory has 4.8 TB/s by its data sheet; a copy reaches 4.3."""
+    """The H200's memory has 4.8 TB/s by its data sheet; a copy reaches 4.1. The figures are README's."""
     measured = {
-        ("TinyLlama-1.1B", 2.0): 1191, ("TinyLlama-1.1B", 8.5 / 8): 1354, ("TinyLlama-1.1B", 4.5 / 8): 1431,
-        ("Llama-3.2-1B", 2.0): 1207, ("Llama-2-7B", 2.0): 275, ("Llama-2-7B", 8.5 / 8): 400,
+        ("TinyLlama-1.1B", 2.0): 1318, ("TinyLlama-1.1B", 8.5 / 8): 1606, ("TinyLlama-1.1B", 4.5 / 8): 2089,
+        ("Llama-3.2-1B", 2.0): 1291, ("Llama-2-7B", 2.0): 290, ("Llama-2-7B", 8.5 / 8): 458,
     }  # fmt: skip
     for (name, weight_bytes), speed in measured.items():
         most = floor(NAMED_SHAPES[name], weight_bytes, 4.8e12)

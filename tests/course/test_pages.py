@@ -43,12 +43,16 @@ def test_cuda_pages_and_their_solutions_run_in_the_simulator() -> None:
     solutions = sorted(str(path) for path in Path(__file__).parent.glob("simulated_*.py"))
     for command in (
         [str(FOLDER / "pages.py"), "run", *numbers],
+        [str(FOLDER / "gemv" / "measure.py"), "--simulate"],
+        [str(FOLDER / "attention" / "measure.py"), "--simulate"],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", *solutions],
     ):
         done = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=pages.ROOT, env=environment
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        if "--simulate" in command:
+            assert done.stdout.count(" error ") == 6, done.stdout
 
 
 @pytest.mark.parametrize("numbers", [["99"], ["02", "x"], []])

@@ -4,6 +4,7 @@ The blocks of docs/cuda.md do what a machine without a GPU can, and the rest whe
 blocks, the words are checked.
 """
 
+import json
 import os
 import re
 import shlex
@@ -13,13 +14,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import numballama
-from numballama import graph, ir, registry
+from numballama import fusion, graph, ir, registry
 from numballama.cli import main as cli
 from numballama.cpu import CpuBackend
 from numballama.export import export_model
@@ -30,6 +32,7 @@ from numballama.quantization import policy
 from numballama.quantization.types import KV_TYPES
 from numballama.server.settings import Settings
 from tests.helpers.command_line import call
+from tests.helpers.hf_files import save_tensors
 from tests.helpers.markup import parsed
 from tests.helpers.notebook import fake_ipython, run_cells
 
@@ -43,7 +46,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def registries() -> Iterator[None]:
     """Remove what a page registers after its test."""
     with ExitStack() as stack:
-        for table in (ir.RULES, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
+        for table in (ir.RULES, fusion.FUSIONS, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
             stack.enter_context(patch.dict(table))  # type: ignore[arg-type]
         yield
     for entries in registry._kernels.values():
@@ -152,6 +155,32 @@ def test_the_architecture_of_the_docs_is_right(
         with pytest.raises(numballama.UnsupportedError, match="Olmo2Config"):
             export_model(folder, tmp_path / name, name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_architecture_with_an_operator_opens(tmp_path: Path) -> None:
+    """A directory with the second model of docs/architecture.md; another activation is refused."""
+    page = ROOT / "docs" / "architecture.md"
+    names: dict[str, Any] = {"__name__": "architecture"}
+    exec(compile("\n".join(blocks(page)), "<architecture.md>", "exec"), names)
+    config = names["Relu2Config"](16, 24, 2, 4, 2, 40, 64)
+    keys = {"model_type": "llama_relu2", "hidden_act": "relu2", "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40,
+            "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+    file_names, rng = hf.tensor_names("llama_relu2"), np.random.default_rng(0)
+    shapes = {file_names[name]: shape for name, shape in config.weight_shapes().items()}
+    assert "model.layers.1.mlp.up_proj.weight" in shapes and len(shapes) == 2 + 2 * 8
+    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    logits = []
+    for device in ("reference", "cpu"):
+        with numballama.compile(tmp_path, device=device) as model:
+            logits.append(model.logits([1, 2, 3]))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-4 and np.ptp(logits[0]) > 1
+    (tmp_path / "config.json").write_text(json.dumps(keys | {"hidden_act": "gelu"}))
+    with pytest.raises(numballama.UnsupportedError, match="hidden_act is 'gelu'"):
+        numballama.inspect(tmp_path)
 
 
 @pytest.mark.slow

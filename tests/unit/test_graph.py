@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from numballama import Error
 from numballama.config import ModelConfig
 from numballama.fusion import fuse
 from numballama.graph import LAYERS, Builder, KVLayout, build, llama_layer
@@ -125,6 +126,19 @@ def test_an_architecture_of_its_own_has_a_layer_of_its_own(monkeypatch: pytest.M
     monkeypatch.setitem(LAYERS, Twice, layer)
     config = Twice(**{name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__})
     assert kinds(llama(config)) - kinds(llama()) == {"add": SMALL.n_layers}
+
+
+def test_a_layer_reads_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose biases are forgotten would write wrong text."""
+
+    def without_biases(b: Builder, x: Value, p: str) -> Value:
+        monkeypatch.setattr(b, "config", replace(b.config, qkv_bias=False))
+        return llama_layer(b, x, p)
+
+    llama(replace(SMALL, qkv_bias=True))
+    monkeypatch.setitem(LAYERS, ModelConfig, without_biases)
+    with pytest.raises(Error, match=r"no op reads layers\.0\.bq, .* and 3 more: without_biases must "):
+        llama(replace(SMALL, qkv_bias=True))
 
 
 def test_layout_of_the_kv_cache() -> None:

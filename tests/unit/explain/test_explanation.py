@@ -148,11 +148,16 @@ def test_a_token_that_a_grammar_forces_has_no_probability(tiny: Model) -> None:
 
 
 def test_an_architecture_without_attention_probabilities(tiny: Model) -> None:
-    def feed_forward(b: Builder, x: Value, p: str) -> Value:
-        return b.graph.add("add", x, b.norm(x, f"{p}ffn_norm", f"{p}ffn_in"), out=f"{p}x_out")
+    def without_attention(b: Builder, x: Value, p: str) -> Value:
+        h = b.norm(x, f"{p}attn_norm", f"{p}attn_in")
+        q, _, _ = (b.project(h, p, name, name) for name in "qkv")
+        x = b.graph.add("add", x, b.project(q, p, "o", "attn_projected"), out=f"{p}x_mid")
+        h = b.norm(x, f"{p}ffn_norm", f"{p}ffn_in")
+        h = b.graph.add("swiglu", b.project(h, p, "1", "gate"), b.project(h, p, "3", "up"), out=f"{p}ffn_hidden")
+        return b.graph.add("add", x, b.project(h, p, "2", "ffn_projected"), out=f"{p}x_out")
 
     with (
-        patch.dict(LAYERS, {type(tiny.config): feed_forward}),
+        patch.dict(LAYERS, {type(tiny.config): without_attention}),
         numballama.compile(tiny.path, device="reference") as model,
     ):
         found = model.explain(IDS[:5])
