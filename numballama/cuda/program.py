@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -216,7 +217,7 @@ class CudaProgram:
         ]
         """The launches of each step."""
         self._by_nccl = backend.by_nccl
-        joins.join(self.launches)
+        joins.join(self.launches, cache(lambda count: self._constant([1.0] * count)))
         self.variant_starts = sorted({
             start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip

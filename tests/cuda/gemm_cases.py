@@ -185,6 +185,11 @@ def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tupl
     return layout.operand(machine.put(memory_of(layout), "u8x").address), exact
 
 
+def ones_on(machine: Any) -> Callable[[int], Any]:
+    """A function n → n float32 on the machine, all 1."""
+    return lambda count: machine.put(np.ones(count, np.float32), "f32")
+
+
 def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[Any], outputs: Sequence[Any],
                 **attrs: Any) -> list[Any]:  # fmt: skip
     """Launches of the kernel that the registry has for an op; scratch is filled with NaN."""

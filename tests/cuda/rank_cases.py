@@ -23,7 +23,7 @@ from numballama.cuda.ops import collectives, wgmma_gemm
 from numballama.cuda.ops.joins import join
 from numballama.ops import CELL
 from tests.cuda.emulator.program import BASE
-from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, upload
+from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of, ones_on, upload
 
 EARLY = "add_up_rows_kernel", "wide_round_sums_kernel"
 """Kernels that look for numbers before the kernel that sends them has ended."""
@@ -260,7 +260,7 @@ def sums_rounded(
                 ]  # fmt: skip
                 if of_rank is joined:
                     before = sum(map(len, steps))
-                    join(steps)
+                    join(steps, ones_on(machine))
                     assert sum(map(len, steps)) == before - 1, "one kernel adds up and rounds"
                 of_rank[-1] += [launch for step in steps for launch in step]
                 results[-1].append((sums, after))

@@ -31,6 +31,7 @@ from tests.cuda.gemm_cases import (
     launches_of,
     linear,
     machine_maker,
+    ones_on,
     qkv_rope,
     upload,
     within,
@@ -166,7 +167,7 @@ def in_pieces(machine: Any, kind: str, tokens: int) -> float:
 def joined_with(machine: Any, name: str, steps: list[list[Launch]], out: Any, tokens: int) -> np.ndarray:
     """`out` after two steps whose rounding the first one does, of which a launch is therefore left out."""
     before = [len(step) for step in steps]
-    join(steps)
+    join(steps, ones_on(machine))
     assert [len(step) for step in steps] == [before[0], before[1] - 1], f"{name}: {before} launches were not joined"
     machine.execute([launch for step in steps for launch in step])
     got: np.ndarray = machine.get(out, np.float32)
@@ -242,7 +243,7 @@ def rounded_gate_up(machine: Any, T: int, K: int, N: int, tokens: int) -> float:
 
 
 def joined_cases() -> list[Case]:
-    """Steps that are joined (`ops.joins`), of 17 to 128 tokens."""
+    """Steps that are joined (`ops.joins`)."""
     made: list[Case] = []
 
     def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any) -> None:
@@ -257,6 +258,9 @@ def joined_cases() -> list[Case]:
         64, [*range(30, 48), 0, 0], [*range(18), 0, 0])  # fmt: skip
     add("rounded attention f16, linear q8_0, many heads that share keys", 34, rounded_attention, "f16", "q8_0", 34,
         (6, 1), 64, [*range(34)], [*range(34)])  # fmt: skip
+    for kind in ("bf16", "q4_0"):
+        add(f"rounded attention f16, linear {kind}, a prompt and a row", 135, rounded_attention, "f16", kind, 136,
+            (2, 1), 64, [*range(100), *range(5, 39), 17, 0], [*[0] * 100, *[1] * 34, 2, 0])  # fmt: skip
     add("rounded gate_up bf16", 35, rounded_gate_up, 40, 128, 136)
     return made
 

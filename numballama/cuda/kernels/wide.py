@@ -82,17 +82,11 @@ def make_shared(width, stages, quantised, rank, slices):
 
 @device
 def put_factors(n, step, at, of_x, slices, width, first_token, tokens):
-    """Write for each slice and token what its sums are to be multiplied by: the factors of rounding and of the norm, or
-    1 if X was rounded without factors and `capacity` is 0.
+    """Write for each slice and token what its sums are to be multiplied by: the factors of rounding and of the norm.
 
     This thread does so for token n of the tile and every `step`-th after it.
     """
     scales, squares, capacity, normed, eps, columns = of_x
-    if capacity == 0:
-        for i in range(n, slices * width, step):
-            no_unroll()
-            st_shared_u32(at + 4 * i, float_as_uint(np.float32(1)))
-        return
     while n < width:
         no_unroll()
         t, last, total = min(first_token + n, tokens - 1), slices - 1, np.float32(0)

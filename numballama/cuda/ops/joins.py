@@ -1,27 +1,29 @@
 """What neighbouring steps do together: a kernel that only changes the form of what a step before it wrote is left out.
 
-Such a kernel costs 4 µs a layer at 17 to 128 tokens, most of which is its start and its end.
+Such a kernel costs 4 µs a layer at 17 to 128 tokens, most of which is its start and its end, and a prompt's results
+would be written, read and written again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from ..launch import Argument, Array, Launch, TensorMap, Work
 from . import attention, wide
+from .rounding import ROUND
 
 ATTENTION = {kernel for kernels in attention.ROUNDING for kernel in kernels.values()}
 """The kernels of attention that can write their results in 16 bits."""
 
 
-def join(steps: Sequence[list[Work]]) -> None:
-    """Join the launches of all steps of a plan, in place."""
+def join(steps: Sequence[list[Work]], ones: Callable[[int], Array]) -> None:
+    """Join the launches of all steps of a plan, in place. `ones(n)` gives n float32, all 1."""
     for step, following in pairwise(steps):
         if step and following:
             _join_sums(step, following)
-            _join_rounding(step, following)
+            _join_rounding(step, following, ones)
 
 
 def _join_sums(step: list[Work], following: list[Work]) -> None:
@@ -38,29 +40,50 @@ def _join_sums(step: list[Work], following: list[Work]) -> None:
         del following[0]
 
 
-def _join_rounding(step: list[Work], following: list[Work]) -> None:
+def _join_rounding(step: list[Work], following: list[Work], ones: Callable[[int], Array]) -> None:
     """Where a linear layer begins by rounding what the step before it wrote, let that step write it rounded, without
     scales, where its results would be.
 
     The plan must have no other reader of these results: fusions leave none.
     """
-    rounding = following[0]
-    if not isinstance(rounding, Launch) or rounding.kernel != wide.ROUND or rounding.arguments["normed"]:
+    found = _rounding(following[0])
+    if found is None:
         return
-    x, rounded = rounding.arguments["x"], rounding.arguments["rounded"]
-    linear = following[1]
-    assert isinstance(x, Array) and isinstance(rounded, Array) and isinstance(linear, Launch)
-    x_map = linear.arguments["x_map"]
-    assert isinstance(x_map, TensorMap) and linear.arguments["x"] == rounded
+    x, rounded, swapped = found
     result = Array(x.address, x.shape, rounded.dtype)
-    swapped = int(rounding.arguments["pieces"] == 4)
     made = [_writer(work, result, swapped) if _uses(work, x) else work for work in step]
-    if x.shape[1] % 8 or made == step or None in made:  # a row is whole groups of 16 bytes, as TMA wants
-        return
-    step[:] = [work for work in made if work]
-    x_map = replace(x_map, address=x.address, shape=x.shape, stride=2 * x.shape[1])
-    following[1] = replace(linear, arguments={**linear.arguments, "x": result, "x_map": x_map, "capacity": 0})
-    del following[0]
+    readers = [_reader(work, rounded, result, ones) if _uses(work, rounded) else work for work in following[1:]]
+    written, read = [work for work in made if work], [work for work in readers if work]
+    changed = made != step and readers != following[1:]
+    if changed and len(written) == len(made) and len(read) == len(readers) and x.shape[1] % 8 == 0:  # 16 bytes, for TMA
+        step[:], following[:] = written, read
+
+
+def _rounding(work: Work) -> tuple[Array, Array, int] | None:
+    """What a launch rounds row by row without a norm: (float32, 16 bits, whether columns are swapped)."""
+    if not isinstance(work, Launch) or work.kernel not in (wide.ROUND, ROUND) or work.arguments["normed"]:
+        return None
+    given, by_slices = work.arguments, work.kernel == wide.ROUND
+    if not by_slices and (given["split"] or given["every_row"] or given["stride"] != given["columns"]):
+        return None
+    x, rounded = given["x"], given["rounded" if by_slices else "out"]
+    assert isinstance(x, Array) and isinstance(rounded, Array)
+    return x, rounded, int(given["pieces"] == 4 if by_slices else bool(given["exchanged"]))
+
+
+def _reader(work: Work, rounded: Array, result: Array, ones: Callable[[int], Array]) -> Launch | None:
+    """A launch that reads X as `result` where this one reads it as `rounded`, with scales; None if it does not come by
+    TMA, which knows how long a row is.
+    """
+    x_map = work.arguments.get("x_map") if isinstance(work, Launch) else None
+    if not isinstance(work, Launch) or not isinstance(x_map, TensorMap):
+        return None
+    assert work.arguments["x"] == rounded
+    x_map = replace(x_map, address=result.address, shape=result.shape, stride=2 * result.shape[1])
+    scales: dict[str, Argument] = {"scales": ones(result.shape[0])}
+    if "x_scales" in work.arguments:  # of each slice and token: capacity 0 gives all slices the same
+        scales = {"x_scales": scales["scales"], "squares": scales["scales"], "capacity": 0}
+    return replace(work, arguments={**work.arguments, "x": result, "x_map": x_map, **scales})
 
 
 def _uses(work: Work, x: Array) -> bool:
