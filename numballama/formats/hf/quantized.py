@@ -213,7 +213,9 @@ def _zero_points(
     group = columns // count
     packing = 32 // bits
     size = (columns, rows // packing) if scheme.method == "awq" else (columns // packing, rows)
-    words, zero_words = _words(packed, size), _words(zeros, (count, rows // packing))
+    # added to whole words, as GPTQModel subtracts it: a zero point of 0 has borrowed from the one above it
+    added = np.uint32(scheme.zero_add * sum(1 << at for at in range(0, 32, bits)))
+    words, zero_words = _words(packed, size), _words(zeros, (count, rows // packing)) + added
     scale = _floats(scales, (count, rows))
     groups = np.arange(columns) // group
     if order is not None:
@@ -235,7 +237,7 @@ def _zero_points(
             q = _unpack(np.ascontiguousarray(words[:, start:stop].T), bits).reshape(stop - start, columns)
         zero = _unpack(zero_words[:, inner], bits, positions).reshape(count, -1).T.astype(np.float32)
         by_group = _float32(scale, 0, count)[:, start:stop].T
-        offset = -by_group * (zero + np.float32(scheme.zero_add))
+        offset = -by_group * zero
         if regular:
             return q, by_group, offset
         return q, by_group[:, groups], offset[:, groups]

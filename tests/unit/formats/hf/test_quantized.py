@@ -49,6 +49,25 @@ def test_each_method(tmp_path: Path, method: str, bits: int) -> None:
     check(tmp_path / "m", method, bits, 32, 1)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_zero_point_of_0_borrows_from_its_neighbour(tmp_path: Path, bits: int) -> None:
+    """GPTQ's first format subtracts 1 from each zero point, and GPTQModel does so from whole words."""
+    rng = np.random.default_rng(5)
+    write(tmp_path / "m", "gptq", bits, 32, rng)
+    arrays, name = tensors(tmp_path / "m"), "model.layers.0.mlp.up_proj."
+    zeros = rng.integers(0, 3, (2, HIDDEN))
+    zeros[0], zeros[1, -1] = 0, 0
+    ones = np.uint32(sum(1 << at for at in range(0, 32, bits)))
+    arrays[name + "qzeros"] = (pack(zeros, bits) - ones).view(np.int32)
+    save_tensors(tmp_path / "m" / "model.safetensors", arrays)
+    q = (arrays[name + "qweight"].view(np.uint32)[:, None] >> np.arange(0, 32, bits, dtype=np.uint32)[:, None]) & (
+        (1 << bits) - 1
+    )
+    values = (q.reshape(DIM, HIDDEN) - zeros.repeat(32, 0)) * arrays[name + "scales"].astype(np.float64).repeat(32, 0)
+    got = dequantize(open_checkpoint(tmp_path / "m").weights["layers.0.w3"])
+    np.testing.assert_allclose(got, values.T, rtol=0, atol=np.abs(values).max() * 2**-10)
+
+
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(case=CASES, order=st.booleans(), zero=st.sampled_from([0, 1]), seed=st.integers(0, 1 << 20))
