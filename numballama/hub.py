@@ -68,7 +68,7 @@ _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin(\.index\.json)?")
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})", re.DOTALL | re.I)
 _TYPE = re.compile(r"[-.]([A-Z0-9_]+)$", re.I)
 _IS_TYPE = re.compile(r"(I?Q|TQ)[1-8]_\w+|FP?(16|32)|BF16|(MX|NV)FP4(_\w+)?", re.I)
-_READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
+_READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?|IQ4_(NL|XS)", re.I)
 _FILE_ERRORS = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "ENOENT", "EMFILE")
 _OF_FILES = frozenset(number for name in _FILE_ERRORS if (number := getattr(errno, name, None)) is not None)
 """Errors of the cache's folder, not of the network."""

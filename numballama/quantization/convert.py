@@ -42,10 +42,10 @@ def convert(weight: Weight, target: WeightType, importance: npt.NDArray[np.float
 
     `importance`, float32 [columns], says how much the error of a column counts, for types of `search`.
 
-    q5_0 to q8_0 and q3_k to q6_k are exact: blocks are repacked. Every other conversion goes through float32 and rounds
-    to the nearest value. Ties go away from zero for int8 and q8_0 (C's roundf), to even for f16 and bf16, and upwards
-    for q4_0 and q4_1; q5_0, q5_1 and K-quants search for the scales with the least error. Finite values stay finite:
-    those beyond the range of f16 or bf16 become its largest value.
+    q5_0 and iq4_nl to q8_0, and q3_k to q6_k, are exact: blocks are repacked. Every other conversion goes through
+    float32 and rounds to the nearest value. Ties go away from zero for int8 and q8_0 (C's roundf), to even for f16 and
+    bf16, and upwards for q4_0 and q4_1; q5_0, q5_1 and K-quants search for the scales with the least error. Finite
+    values stay finite: those beyond the range of f16 or bf16 become its largest value.
 
     Raises `UnsupportedError` for a type that cannot be written, and `Error` for a group size below 1, for rows that are
     not whole blocks, and for NaN or infinity where the target is int8 or a block type.
