@@ -17,6 +17,8 @@ from .errors import Error, FormatError
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 """First bytes of the text that Git keeps in place of a large file."""
+_UNFINISHED = (".incomplete", ".aria2", ".crdownload", ".part", ".partial", ".download")
+"""Suffixes of downloads that have not ended: of the hub's library, aria2c, browsers and curl-like programs."""
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
@@ -52,8 +54,8 @@ class MappedFile:
 def map_file(path: str | os.PathLike[str]) -> MappedFile:
     """Map the regular file at `path` (`~` is expanded). Only its beginning is read.
 
-    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty or a pointer
-    of Git LFS.
+    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty, a pointer
+    of Git LFS, or a download by aria2c that has not ended.
     """
     path = expand_user(path)
     # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
@@ -86,7 +88,17 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
             "a pointer of Git LFS, not the file itself", path=path,
             expected="its content (git lfs pull, or download the file)", found=f"{status.st_size:,} bytes of text",
         )  # fmt: skip
+    if os.path.exists(note := f"{path}.aria2"):  # the file has its whole size from the beginning, mostly zeros
+        raise FormatError("a download that has not ended", path=path, expected=f"no {note} (start aria2c again)")
     return MappedFile(path, status.st_size, data)
+
+
+def unfinished(directory: Path) -> str:
+    """What to say of downloads in a directory that have not ended; "" if there are none."""
+    places = (directory, directory / ".cache" / "huggingface" / "download")  # the second is `hf download`'s
+    names = [path.name for place in places for path in sorted(place.glob("*")) if path.suffix in _UNFINISHED]
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"a download that has not ended: {', '.join(names[:3])}{more}" if names else ""
 
 
 @contextlib.contextmanager

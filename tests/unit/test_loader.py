@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 import pickle
@@ -169,6 +170,58 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FormatError, match=r"expected config\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_a_download_that_has_not_ended(tmp_path: Path) -> None:
+    """aria2c gives a file its whole size at once: the rest is zeros, which are weights like any other."""
+    path = save_gguf(tmp_path / "m.gguf")
+    assert open_checkpoint(path).format == "GGUF v3"
+    (tmp_path / "m.gguf.aria2").write_bytes(b"\0\1")
+    for place in (path, tmp_path):
+        with pytest.raises(FormatError, match=r"m\.gguf: a download that has not ended.*m\.gguf\.aria2"):
+            open_checkpoint(place)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.incomplete", ".cache/huggingface/download/x=.1f.incomplete"])
+def test_a_directory_whose_download_has_not_ended(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"\0")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"), 4) | {
+        "num_attention_heads": 2
+    }
+    files = {
+        "": "",
+        "config.json": json.dumps({"model_type": "llama", "vocab_size": 8, **sizes}),
+        "model.safetensors.index.json": '{"weight_map": {"x": "model-00001-of-00001.safetensors"}}',
+    }
+    for more, content in files.items():
+        if more:
+            (tmp_path / more).write_text(content)
+        with pytest.raises(FormatError, match=rf"a download that has not ended: {Path(name).name}"):
+            open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".part{}of2", "-split-{}", ".00{}"])
+def test_pieces_of_a_file_that_was_cut(tmp_path: Path, suffix: str) -> None:
+    data = save_gguf(tmp_path / "m.gguf").read_bytes()
+    for number, piece in ((1, data[:900]), (2, data[900:])):
+        path = tmp_path / f"m.gguf{suffix.format('ab'[number - 1] if 'split' in suffix else number)}"
+        path.write_bytes(piece)
+        with pytest.raises(FormatError, match=r"a piece of m\.gguf, .*: join all pieces .* to m\.gguf$"):
+            open_checkpoint(path)
+    path.write_bytes(data)  # whole after all
+    assert open_checkpoint(path).format == "GGUF v3"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("m.gguf", "GGUF"), ("m.safetensors", "a length and a directory")])
+def test_a_name_that_promises_another_content(tmp_path: Path, name: str, expected: str) -> None:
+    path = tmp_path / name
+    for content, found in ((bytes(1000), "zeros: was a download interrupted"), (bytes(range(200)), r"b'\\x00\\x01")):
+        path.write_bytes(content)
+        with pytest.raises(
+            FormatError, match=f"not a {path.suffix[1:]} file.*byte 0; expected {expected}.*found {found}"
+        ):
+            open_checkpoint(path)
 
 
 def test_a_json_file_of_a_model_is_named(tmp_path: Path) -> None:

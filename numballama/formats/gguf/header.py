@@ -126,7 +126,11 @@ class Header:
         if self.version not in VERSIONS:
             swapped = int.from_bytes(self.version.to_bytes(4, "little"), "big") in VERSIONS
             what = "a big-endian file" if swapped else f"version {self.version:,}"
-            raise UnsupportedError(f"{self.path}: GGUF, {what}; supported are versions 2 and 3, little-endian")
+            advice = "convert the model again" if self.version < VERSIONS[0] else "a newer numballama may read it"
+            advice = "the gguf package turns it: gguf-convert-endian FILE little" if swapped else advice
+            raise UnsupportedError(
+                f"{self.path}: GGUF, {what}; supported are versions 2 and 3, little-endian: {advice}"
+            )
         n_tensors = self._count("tensors", 24)  # a name's length, no dimension, type and offset
         n_fields = self._count("metadata keys", 13)  # a name's length, type and a value of one byte
         for _ in range(n_fields):
