@@ -132,7 +132,7 @@ def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
         )
         for entry in settings.added
     ]
-    if (model := read_sentencepiece(file, added, settings.eos, legacy)) is None:
+    if (model := read_sentencepiece(file, added, settings.eos, legacy, settings.add_prefix_space)) is None:
         return None
     if settings.add_bos is not None:  # the model does not say it; BOS is usual
         model.add_bos = settings.add_bos
