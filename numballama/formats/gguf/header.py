@@ -77,6 +77,12 @@ _UNREAD_TYPES = {
     41: ("Q1_0", 128, 18),
 }
 """Types that this package cannot read as weights. Their sizes are needed to check the directory of a file."""
+_REMOVED_TYPES = {
+    4: ("Q4_2", ""), 5: ("Q4_3", ""),
+    31: ("Q4_0_4_4", "Q4_0"), 32: ("Q4_0_4_8", "Q4_0"), 33: ("Q4_0_8_8", "Q4_0"),
+    36: ("IQ4_NL_4_4", "IQ4_NL"), 37: ("IQ4_NL_4_8", "IQ4_NL"), 38: ("IQ4_NL_8_8", "IQ4_NL"),
+}  # fmt: skip
+"""Types that ggml had once → (name, the type of the same values in another order)."""
 _READ_TYPES = {
     traits.gguf_id: (traits.name.upper(), traits.block_size, traits.block_bytes)
     for traits in TYPE_TRAITS.values()
@@ -336,6 +342,12 @@ class Header:
         if 0 in dims:
             raise self._fault(f"tensor {name} is empty", where, "positive dimensions", dims)
         where, number = self._at, self._read(_U32, f"the type of tensor {name}")
+        if number in _REMOVED_TYPES:
+            kind, same = _REMOVED_TYPES[number]
+            instead = f"take the model in {same}" if same else "take a file of another quantisation"
+            raise UnsupportedError(
+                f"{self.path}: tensor {name} has type {kind}, which llama.cpp reads no longer: {instead}"
+            )
         if number not in TENSOR_TYPES:
             known = ", ".join(kind for kind, *_ in TENSOR_TYPES.values())
             raise UnsupportedError(

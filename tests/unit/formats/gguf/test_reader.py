@@ -374,7 +374,13 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
     supported = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS"
-    for number, message in ((39, f"has type MXFP4; supported are {supported}$"), (4, "has type 4 .*known: F32")):
+    for number, message in (
+        (39, f"has type MXFP4; supported are {supported}$"),
+        (4, "has type Q4_2,.*no longer: take a file of another quantisation"),
+        (33, "has type Q4_0_8_8, .*no longer: take the model in Q4_0"),
+        (36, "has type IQ4_NL_4_4, .*no longer: take the model in IQ4_NL"),
+        (99, "has type 99 .*known: F32"),
+    ):
         struct.pack_into("<I", data, at, number)
         path.write_bytes(data)
         with pytest.raises(UnsupportedError, match=rf"tensor blk\.0\.attn_q\.weight {message}"):
