@@ -72,7 +72,7 @@ _READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?|
 _FILE_ERRORS = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "ENOENT", "EMFILE")
 _OF_FILES = frozenset(number for name in _FILE_ERRORS if (number := getattr(errno, name, None)) is not None)
 """Errors of the cache's folder, not of the network."""
-_NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """Parts of names of GGUF files that are no language model by themselves."""
 PREFERRED = ("Q4_K_M", "Q8_0")
 """Types to take when a name gives none, in this order."""
@@ -178,7 +178,7 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
     found = []
     for path in files:
         name = path.rpartition("/")[2].lower()
-        if not name.endswith(".gguf") or any(word in name for word in _NO_MODEL):
+        if not name.endswith(".gguf") or any(word in name for word in NO_MODEL):
             continue
         parts, stem = [path], path[: -len(".gguf")]
         if split := _SPLIT.fullmatch(stem):

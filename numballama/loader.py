@@ -175,6 +175,7 @@ def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: 
         return meta.read(directory, load_tokenizer)
     files = [directory / name for name in weight_files.visible(directory, ".gguf")]
     if models := split.first_parts(files):
+        models = [file for file in models if not any(word in file.name.lower() for word in hub.NO_MODEL)] or models
         if len(models) == 1:
             return gguf.read(map_file(models[0]), load_tokenizer)
         names = ", ".join(file.name for file in models[:8])

@@ -172,6 +172,17 @@ def test_directories(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_directory_of_one_model_and_what_is_none(tmp_path: Path) -> None:
+    """A projector of images or an importance matrix beside the only model is not another one."""
+    path = save_gguf(tmp_path / "SmolVLM-Q8_0.gguf")
+    for other in ("mmproj-SmolVLM-f16.gguf", "SmolVLM.imatrix.gguf"):
+        (tmp_path / other).write_bytes(path.read_bytes())
+        assert open_checkpoint(tmp_path).path == path
+    path.rename(tmp_path / "mmproj.gguf")  # no other is there
+    with pytest.raises(FormatError, match=r"a directory of 3 GGUF models; give the path of one: SmolVLM\.imatrix"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_download_that_has_not_ended(tmp_path: Path) -> None:
     """aria2c gives a file its whole size at once: the rest is zeros, which are weights like any other."""
     path = save_gguf(tmp_path / "m.gguf")
