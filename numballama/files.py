@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,6 +64,7 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
+        require_target(path)
         raise Error(f"{path}: no such file") from None
     except IsADirectoryError:
         raise Error(f"{path}: is a directory, expected a file") from None
@@ -91,6 +93,22 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
     if os.path.exists(note := f"{path}.aria2"):  # the file has its whole size from the beginning, mostly zeros
         raise FormatError("a download that has not ended", path=path, expected=f"no {note} (start aria2c again)")
     return MappedFile(path, status.st_size, data)
+
+
+def require_target(path: Path) -> None:
+    """Raise `Error` for a link to what is not there."""
+    if os.path.islink(path) and not os.path.exists(path):  # unlike Path's, these are false for what is no path
+        raise Error(
+            f"{path}: is a link to {os.readlink(path)}, which is not there: a folder of the hub's cache is copied with "
+            "its files by cp -rL"
+        )
+
+
+def require_targets(directory: Path, patterns: Sequence[str]) -> None:
+    """`require_target` for the directory's entries whose names match one of the patterns."""
+    for name in sorted(os.listdir(directory)) if os.access(directory, os.R_OK) else ():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            require_target(directory / name)
 
 
 def unfinished(directory: Path) -> str:

@@ -11,7 +11,7 @@ from . import hub
 from .checkpoint import Checkpoint
 from .config import RopePairing
 from .errors import Error, FormatError, UnsupportedError
-from .files import MappedFile, expand_user, map_file, unfinished
+from .files import MappedFile, expand_user, map_file, require_target, require_targets, unfinished
 from .formats import safetensors
 from .formats.gguf import reader as gguf
 from .formats.gguf import split
@@ -121,6 +121,7 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     if os.path.isdir(directory):
         return _read_directory(directory, path, load_tokenizer)
     if not os.path.exists(directory):
+        require_target(directory)
         raise Error(
             f"{path}: no such file; a model is a file, a directory, or a name on the Hugging Face hub: owner/name"
         )
@@ -169,6 +170,7 @@ def _read_file(file: MappedFile, load_tokenizer: bool) -> Checkpoint:
 
 def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     """Weights of Hugging Face first, then Meta's, then the only GGUF of the directory, split or not."""
+    require_targets(directory, (*hub.MODEL_FILES, meta.PARAMS, "consolidated.*.pth", "*.gguf"))
     if weight_files.has_weights(directory):
         return hf.read(directory, load_tokenizer)
     if meta.is_directory_of(directory):

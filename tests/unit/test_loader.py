@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import pickle
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from numballama import loader
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
+from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.llama2c import Llama2cTokenizer
 from tests.helpers.gguf_files import CONFIG, edited, entries_of, letters, u32
@@ -181,6 +183,25 @@ def test_a_directory_of_one_model_and_what_is_none(tmp_path: Path) -> None:
     path.rename(tmp_path / "mmproj.gguf")  # no other is there
     with pytest.raises(FormatError, match=r"a directory of 3 GGUF models; give the path of one: SmolVLM\.imatrix"):
         open_checkpoint(tmp_path)
+
+
+def test_links_of_a_hubs_cache_that_lead_nowhere(tmp_path: Path) -> None:
+    """`cp -r` of a snapshot copies links to its blobs: a tokenizer_config.json would be as good as not there."""
+    snapshot, blob = tmp_path / "snapshot", tmp_path / "blob"
+    config = SMALL.with_overrides(rope_pairing="half")
+    write_safetensors(snapshot, config, random_checkpoint(config).weights)
+    for name in ("tokenizer_config.json", "config.json", "model.safetensors"):
+        shutil.rmtree(copy := tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(snapshot, copy)
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to("../blob")
+        for given_path in (copy, copy / name):
+            with pytest.raises(Error, match=rf"{name}: is a link to \.\./blob, which is not there.*cp -rL"):
+                open_checkpoint(given_path)
+    blob.write_bytes((snapshot / "model.safetensors").read_bytes())
+    assert open_checkpoint(copy).config == open_checkpoint(copy / "model.safetensors").config
+    (copy / "README.md").symlink_to("../nothing")  # which nobody reads
+    open_checkpoint(copy)
 
 
 def test_a_download_that_has_not_ended(tmp_path: Path) -> None:

@@ -97,8 +97,9 @@ def with_older_config(keys: Keys, directory: Path) -> Keys:
         return keys
     for name, method in zip(_OLDER, ("gptq", "awq"), strict=True):
         if os.path.isfile(directory / name):
-            own = read_object(directory / name).values
-            return Keys({**keys.values, "quantization_config": {"quant_method": method, **own}}, keys.path, keys.what)
+            own = {"quantization_config": {"quant_method": method, **read_object(directory / name).values}}
+            scheme_of(Keys(own, directory / name, name))  # what is wrong with it is wrong in this file
+            return Keys(keys.values | own, keys.path, keys.what)
     return keys
 
 

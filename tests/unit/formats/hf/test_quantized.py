@@ -163,6 +163,9 @@ def test_the_config_of_an_older_tool(tmp_path: Path, method: str) -> None:
     ):
         open_checkpoint(tmp_path / "m")
     name, content = OLDER[method]
+    (tmp_path / "m" / name).write_text(json.dumps({"bits": 3, "w_bit": 3}))
+    with pytest.raises(UnsupportedError, match=rf"{name}: quantization_config is .*'bits': 3"):
+        open_checkpoint(tmp_path / "m")
     (tmp_path / "m" / name).write_text(json.dumps(content))
     opened = open_checkpoint(tmp_path / "m")
     for weight in wanted.weights:
