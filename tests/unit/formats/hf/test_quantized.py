@@ -19,7 +19,7 @@ from tests.helpers.hf_files import save_tensors, tensors
 from tests.helpers.quantized_files import DIM, HIDDEN, VOCAB, pack, write
 
 CASES = st.one_of(
-    st.tuples(st.just("mlx"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("mlx"), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([16, 32, 64])),
     st.tuples(st.just("gptq"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
     st.tuples(st.just("awq"), st.just(4), st.sampled_from([32, 64])),
 )
@@ -44,7 +44,9 @@ def check(folder: Path, method: str, bits: int, group: int, seed: int, order: bo
     assert any(note.startswith(f"matrices quantised by {kind} run as") for note in opened.notes)
 
 
-@pytest.mark.parametrize(("method", "bits"), [("mlx", 4), ("mlx", 8), ("gptq", 4), ("gptq", 8), ("awq", 4)])
+@pytest.mark.parametrize(
+    ("method", "bits"), [*(("mlx", bits) for bits in (2, 3, 4, 5, 6, 8)), ("gptq", 4), ("gptq", 8), ("awq", 4)]
+)
 def test_each_method(tmp_path: Path, method: str, bits: int) -> None:
     check(tmp_path / "m", method, bits, 32, 1)
 
@@ -181,6 +183,17 @@ def test_bitsandbytes_without_its_config(copy: Callable[[str], Path]) -> None:
     save_tensors(file, arrays)
     with pytest.raises(UnsupportedError, match=r"weight.absmax belongs to weights quantised by bitsandbytes"):
         open_checkpoint(folder)
+
+
+def test_mlx_has_no_other_bits(tmp_path: Path) -> None:
+    write(tmp_path / "m", "mlx", 4, 32, np.random.default_rng(8))
+    arrays, name = tensors(tmp_path / "m"), "model.layers.0.self_attn.q_proj.weight"
+    for width, found in ((2 * DIM // 32 // 2, 1), (7 * DIM // 32, 7)):
+        save_tensors(tmp_path / "m" / "model.safetensors", arrays | {name: np.zeros((DIM, width), np.uint32)})
+        with pytest.raises(
+            UnsupportedError, match=f"q_proj.weight has {found} bits; read are MLX .affine, 2 to 6 or 8"
+        ):
+            open_checkpoint(tmp_path / "m")
 
 
 @pytest.mark.parametrize("method", ["mlx", "gptq", "awq"])
