@@ -105,6 +105,15 @@ def test_another_name_leads_nowhere(parts: list[Path]) -> None:
         assert caught.value.expected == "…-00001-of-00003.gguf"
 
 
+def test_parts_that_cat_has_joined(parts: list[Path]) -> None:
+    """A model that was cut anywhere is joined so; these have headers of their own."""
+    path = parts[0].with_name("joined.gguf")
+    for padding in (b"", bytes(32)):
+        path.write_bytes(padding.join(part.read_bytes() for part in parts))
+        with pytest.raises(FormatError, match="parts of a model, put one behind another.*give the path of a part"):
+            open_checkpoint(path)
+
+
 @pytest.mark.parametrize("given", [0, 1])
 @pytest.mark.parametrize("numbers", [{"no": 2}, {"no": None}, {"count": 4}, {"count": None}, {"count": 1}])
 def test_numbers_that_contradict_the_name(parts: list[Path], given: int, numbers: dict[str, int | None]) -> None:
