@@ -53,6 +53,8 @@ _PIECE = re.compile(
 _CONTENTS = {".gguf": "GGUF", ".safetensors": "a length and a directory that begins with {"}
 """Suffix that promises a format → how its files begin."""
 
+_TAR, _TAR_AT = b"ustar", 257
+"""Magic of a tar archive, and where it is."""
 _TEXT_BYTES, _LEAST_TEXT_BYTES = 64, 8
 """Bytes at the beginning of a file by which a text is recognised, and the least of a text that ends in no newline."""
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
@@ -203,6 +205,8 @@ def _unsupported_kind(file: MappedFile) -> str | None:
     for magic, kind in _UNSUPPORTED_MAGICS.items():
         if head.startswith(magic):
             return kind
+    if file.data[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR:
+        return "a tar archive (unpack it)"
     return "a text file" if _is_text(head) else None
 
 

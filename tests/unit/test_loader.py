@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,7 @@ def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (gzip.compress(bytes(100)), r"a gzip archive \(unpack it\)"),
         (bz2.compress(bytes(100)), "a bzip2 archive"),
         (lzma.compress(bytes(100)), "an xz archive"),
+        (b"model/".ljust(257, b"\0") + b"ustar\x0000", r"a tar archive \(unpack it\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # a gzip archive has the time of day in it
 )
@@ -157,6 +159,14 @@ def test_known_foreign_formats_are_named(tmp_path: Path, head: bytes, kind: str)
     path = tmp_path / "foreign"
     path.write_bytes(head.ljust(100, b" "))
     with pytest.raises(UnsupportedError, match=f"{kind}.*supported are llama2.c v0, v1 and v2, KuiperLLama"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_archive_that_is_no_checkpoint(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(path := tmp_path / "model.zip", "w", method) as archive:
+        archive.writestr("model/config.json", "{}" * 99)
+    with pytest.raises(FormatError, match=r"not a PyTorch checkpoint; .*found a zip archive of other files: unpack it"):
         open_checkpoint(path)
 
 
