@@ -119,7 +119,10 @@ def undeclared(directory: Path, tensors: Mapping[str, TensorInfo], name: str) ->
 
 
 def _unsupported(keys: Keys, key: str) -> UnsupportedError:
-    text = repr(keys.values[key])
+    value = keys.values[key]
+    if isinstance(value, dict) and "quant_method" in value:  # first: the rest may be cut
+        value = {"quant_method": value["quant_method"], **value}
+    text = repr(value)
     return UnsupportedError(
         f"{keys.path}: {key} is {text if len(text) <= 80 else text[:77] + '...'}, which is not supported; weights "
         f"without quantisation are, those of {_READABLE}, and GGUF of every type that `inspect` lists"

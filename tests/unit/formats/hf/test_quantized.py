@@ -146,6 +146,25 @@ def test_other_schemes_are_named(
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16"}, "bitsandbytes"),
+        ({"config_groups": {"group_0": {"input_activations": {"dynamic": True, "num_bits": 8}}}}, "compressed-tensors"),
+    ],
+)
+def test_the_method_is_named_however_long_its_settings_are(
+    copy: Callable[[str], Path], own: dict[str, Any], message: str
+) -> None:
+    folder = copy("llama")
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(keys | {"quantization_config": own | {"quant_method": message, "z": [0] * 99}})
+    )
+    with pytest.raises(UnsupportedError, match=f"quantization_config is .'quant_method': '{message}'.*not supported"):
+        open_checkpoint(folder)
+
+
 OLDER = {
     "gptq": ("quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
     "awq": ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
