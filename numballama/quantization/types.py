@@ -125,7 +125,8 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
         ),
         TypeTraits(
             "iq4_xs", 4, 256, _block(("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)),
-            gguf_id=23, ftype=30, scale_group=32, codebook=_IQ4, vec_dot_type="q8_k", fallback="f16",
+            gguf_id=23, ftype=30, scale_group=32, codebook=_IQ4, vec_dot_type="q8_k",
+            fallback="q8_0",  # holds the same values but for a scale that is rounded, as float16 would round each value
         ),
     )
 }  # fmt: skip

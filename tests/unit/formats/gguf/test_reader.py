@@ -387,7 +387,9 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize(("kind", "said"), [("iq4_nl", "as q8_0, with the same values"), ("iq4_xs", "as f16, rounded")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("iq4_nl", "as q8_0, with the same values"), ("iq4_xs", "as q8_0, rounded")]
+)
 def test_types_without_kernels_run_as_others(tmp_path: Path, kind: str, said: str) -> None:
     """iq4_nl is what llama.cpp's Q3_K_M and Q2_K have in rows that are not whole blocks of 256, Qwen2.5 0.5B's."""
     config = ModelConfig(256, 256, 1, 4, 2, 40, 16, tied_embeddings=False)
