@@ -270,7 +270,7 @@ def _name(source: str | PathLike[str] | None, opened: Checkpoint) -> str:
     given = hub.parse(source) if isinstance(source, str) and not os.path.exists(source) else None
     if given is not None:
         return Path(given.file).stem if given.file else given.repository.rpartition("/")[2]
-    origin = Path(opened.path if source is None else source)
+    origin = Path(os.path.abspath(opened.path if source is None else source))  # "." has no name
     return origin.stem if opened.path.is_file() else origin.name
 
 

@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,8 @@ from .errors import Error, FormatError
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 """First bytes of the text that Git keeps in place of a large file."""
+_UNFINISHED = (".incomplete", ".aria2", ".crdownload", ".part", ".partial", ".download")
+"""Suffixes of downloads that have not ended: of the hub's library, aria2c, browsers and curl-like programs."""
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
@@ -52,8 +55,8 @@ class MappedFile:
 def map_file(path: str | os.PathLike[str]) -> MappedFile:
     """Map the regular file at `path` (`~` is expanded). Only its beginning is read.
 
-    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty or a pointer
-    of Git LFS.
+    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty, a pointer
+    of Git LFS, or a download by aria2c that has not ended.
     """
     path = expand_user(path)
     # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
@@ -61,6 +64,7 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
+        require_target(path)
         raise Error(f"{path}: no such file") from None
     except IsADirectoryError:
         raise Error(f"{path}: is a directory, expected a file") from None
@@ -86,7 +90,33 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
             "a pointer of Git LFS, not the file itself", path=path,
             expected="its content (git lfs pull, or download the file)", found=f"{status.st_size:,} bytes of text",
         )  # fmt: skip
+    if os.path.exists(note := f"{path}.aria2"):  # the file has its whole size from the beginning, mostly zeros
+        raise FormatError("a download that has not ended", path=path, expected=f"no {note} (start aria2c again)")
     return MappedFile(path, status.st_size, data)
+
+
+def require_target(path: Path) -> None:
+    """Raise `Error` for a link to what is not there."""
+    if os.path.islink(path) and not os.path.exists(path):  # unlike Path's, these are false for what is no path
+        raise Error(
+            f"{path}: is a link to {os.readlink(path)}, which is not there: a folder of the hub's cache is copied with "
+            "its files by cp -rL"
+        )
+
+
+def require_targets(directory: Path, patterns: Sequence[str]) -> None:
+    """`require_target` for the directory's entries whose names match one of the patterns."""
+    for name in sorted(os.listdir(directory)) if os.access(directory, os.R_OK) else ():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            require_target(directory / name)
+
+
+def unfinished(directory: Path) -> str:
+    """What to say of downloads in a directory that have not ended; "" if there are none."""
+    places = (directory, directory / ".cache" / "huggingface" / "download")  # the second is `hf download`'s
+    names = [path.name for place in places for path in sorted(place.glob("*")) if path.suffix in _UNFINISHED]
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"a download that has not ended: {', '.join(names[:3])}{more}" if names else ""
 
 
 @contextlib.contextmanager

@@ -68,11 +68,11 @@ _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin(\.index\.json)?")
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})", re.DOTALL | re.I)
 _TYPE = re.compile(r"[-.]([A-Z0-9_]+)$", re.I)
 _IS_TYPE = re.compile(r"(I?Q|TQ)[1-8]_\w+|FP?(16|32)|BF16|(MX|NV)FP4(_\w+)?", re.I)
-_READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
+_READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?|IQ4_(NL|XS)", re.I)
 _FILE_ERRORS = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "ENOENT", "EMFILE")
 _OF_FILES = frozenset(number for name in _FILE_ERRORS if (number := getattr(errno, name, None)) is not None)
 """Errors of the cache's folder, not of the network."""
-_NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """Parts of names of GGUF files that are no language model by themselves."""
 PREFERRED = ("Q4_K_M", "Q8_0")
 """Types to take when a name gives none, in this order."""
@@ -178,7 +178,7 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
     found = []
     for path in files:
         name = path.rpartition("/")[2].lower()
-        if not name.endswith(".gguf") or any(word in name for word in _NO_MODEL):
+        if not name.endswith(".gguf") or any(word in name for word in NO_MODEL):
             continue
         parts, stem = [path], path[: -len(".gguf")]
         if split := _SPLIT.fullmatch(stem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from os import PathLike
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from . import hub
 from .checkpoint import Checkpoint
 from .config import RopePairing
 from .errors import Error, FormatError, UnsupportedError
-from .files import MappedFile, expand_user, map_file
+from .files import MappedFile, expand_user, map_file, require_target, require_targets, unfinished
 from .formats import safetensors
 from .formats.gguf import reader as gguf
 from .formats.gguf import split
@@ -45,6 +46,15 @@ _UNSUPPORTED_MAGICS = {
 }
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
+_PIECE = re.compile(
+    r"(?P<whole>.+\.(gguf|safetensors|bin))([.-]part[-_]?\d+(of\d+)?|[.-](split|part)-[a-z]+|\.\d{3})", re.I
+)
+"""Names of pieces of a file that was cut anywhere, as large ones are for an upload."""
+_CONTENTS = {".gguf": "GGUF", ".safetensors": "a length and a directory that begins with {"}
+"""Suffix that promises a format → how its files begin."""
+
+_TAR, _TAR_AT = b"ustar", 257
+"""Magic of a tar archive, and where it is."""
 _TEXT_BYTES, _LEAST_TEXT_BYTES = 64, 8
 """Bytes at the beginning of a file by which a text is recognised, and the least of a text that ends in no newline."""
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
@@ -113,10 +123,24 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     if os.path.isdir(directory):
         return _read_directory(directory, path, load_tokenizer)
     if not os.path.exists(directory):
+        require_target(directory)
         raise Error(
             f"{path}: no such file; a model is a file, a directory, or a name on the Hugging Face hub: owner/name"
         )
     file = map_file(path)
+    try:
+        return _read_file(file, load_tokenizer)
+    except FormatError:
+        if (piece := _PIECE.fullmatch(file.path.name)) is None:
+            raise
+    raise FormatError(
+        f"a piece of {piece['whole']}, which was cut",
+        path=path,
+        expected=f"the whole file: join all pieces in their order, with cat, to {piece['whole']}",
+    )
+
+
+def _read_file(file: MappedFile, load_tokenizer: bool) -> Checkpoint:
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
@@ -130,21 +154,32 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
         return meta.read_file(file, load_tokenizer)
     if file.path.suffix == ".json" and weight_files.has_weights(file.path.parent):
         raise FormatError(
-            "a file beside the weights of a model", path=path, expected=f"its directory, {file.path.parent}"
+            "a file beside the weights of a model", path=file.path, expected=f"its directory, {file.path.parent}"
         )
     if kind := _unsupported_kind(file):
-        raise UnsupportedError(f"{path}: {kind}, which is not read; supported are {SUPPORTED}")
+        raise UnsupportedError(f"{file.path}: {kind}, which is not read; supported are {SUPPORTED}")
+    if expected := _CONTENTS.get(file.path.suffix.lower()):
+        head = file.data[:_TEXT_BYTES]
+        raise FormatError(
+            f"not a {file.path.suffix[1:].lower()} file",
+            path=file.path,
+            where=0,
+            expected=expected,
+            found=head[:8] if any(head) else "zeros: was a download interrupted?",
+        )
     return kuiper.read(file)
 
 
 def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     """Weights of Hugging Face first, then Meta's, then the only GGUF of the directory, split or not."""
+    require_targets(directory, (*hub.MODEL_FILES, meta.PARAMS, "consolidated.*.pth", "*.gguf"))
     if weight_files.has_weights(directory):
         return hf.read(directory, load_tokenizer)
     if meta.is_directory_of(directory):
         return meta.read(directory, load_tokenizer)
     files = [directory / name for name in weight_files.visible(directory, ".gguf")]
     if models := split.first_parts(files):
+        models = [file for file in models if not any(word in file.name.lower() for word in hub.NO_MODEL)] or models
         if len(models) == 1:
             return gguf.read(map_file(models[0]), load_tokenizer)
         names = ", ".join(file.name for file in models[:8])
@@ -159,6 +194,8 @@ def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: 
             path=path,
             expected=", ".join(map(str, copies[:3])),
         )
+    if found := unfinished(directory):
+        raise FormatError("is a directory without a model", path=path, found=found)
     raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
 
 
@@ -168,6 +205,8 @@ def _unsupported_kind(file: MappedFile) -> str | None:
     for magic, kind in _UNSUPPORTED_MAGICS.items():
         if head.startswith(magic):
             return kind
+    if file.data[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR:
+        return "a tar archive (unpack it)"
     return "a text file" if _is_text(head) else None
 
 

@@ -166,6 +166,9 @@ class _CheckedList(list[Any]):
 class _InsertChecks(NodeTransformer):
     """Wraps expressions that enlarge or repeat a value in calls of the environment's private filters."""
 
+    def __init__(self) -> None:
+        self._blocks = 0
+
     def _filter(self, node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
@@ -192,8 +195,16 @@ class _InsertChecks(NodeTransformer):
         self.generic_visit(node)
         return self._filter(node, _CHECK) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_FilterBlock(self, node: nodes.FilterBlock) -> nodes.Node:
-        raise jinja2.TemplateSyntaxError("filter blocks are not supported", node.lineno)
+    def visit_FilterBlock(self, node: nodes.FilterBlock) -> list[nodes.Node]:
+        """A variable for the block's text, and the filters' result of it: the same, in parts that are checked."""
+        self.generic_visit(node)
+        self._blocks += 1
+        name, innermost = f"numballama_block_{self._blocks}", node.filter
+        while isinstance(innermost.node, nodes.Filter):
+            innermost = innermost.node
+        innermost.node = nodes.Name(name, "load", lineno=node.lineno)
+        text = nodes.AssignBlock(nodes.Name(name, "store", lineno=node.lineno), None, node.body, lineno=node.lineno)
+        return [text, nodes.Output([node.filter], lineno=node.lineno)]
 
 
 _LOOP, _CONCAT, _CHECK = "numballama loop", "numballama concat", "numballama check"

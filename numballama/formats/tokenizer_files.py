@@ -20,6 +20,7 @@ from ..tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
 from ..tokenizers.vocab_merges import MERGES, VOCABULARY, read_vocab_merges
 from .gguf.header import MAGIC as GGUF_MAGIC
 from .gguf.header import Header
+from .gguf.split import first_parts
 from .gguf.tokenizer import read_gguf_tokenizer
 from .hf.text_settings import TextSettings
 
@@ -132,7 +133,7 @@ def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
         )
         for entry in settings.added
     ]
-    if (model := read_sentencepiece(file, added, settings.eos, legacy)) is None:
+    if (model := read_sentencepiece(file, added, settings.eos, legacy, settings.add_prefix_space)) is None:
         return None
     if settings.add_bos is not None:  # the model does not say it; BOS is usual
         model.add_bos = settings.add_bos
@@ -151,5 +152,5 @@ def find_tokenizers(directory: Path) -> list[Path]:
     """The files that may hold a directory's tokenizer, the preferred one first."""
     files = [path for name in _NAMES if (path := directory / name).is_file()]
     files += sorted(path for path in directory.glob("tokenizer.model.v*") if _VERSIONED.fullmatch(path.name))[-1:]
-    gguf = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
+    gguf = first_parts(sorted(path for path in directory.glob("*.gguf") if not path.name.startswith(".")))
     return [*files, *(gguf if len(gguf) == 1 else [])]

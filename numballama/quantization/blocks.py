@@ -161,6 +161,26 @@ def _q6_k(block: Records) -> Floats:
     return _dequantize(_half(block["d"]) * block["scales"], quants.view(np.int8) - np.int8(32))
 
 
+def _iq4_quants(name: str, block: Records) -> npt.NDArray[np.int8]:
+    """What the quants stand for, signed."""
+    return np.array(TYPE_TRAITS[name].codebook, np.int8)[_unpack(block["qs"], 4, 16)]
+
+
+def _iq4_nl(block: Records) -> Floats:
+    return _half(block["d"]) * _iq4_quants("iq4_nl", block)
+
+
+def _iq4_xs_scales(block: Records) -> Floats:
+    """Scales [n, 8] from 6 bits: the lowest four of two of them in a byte, the others of all eight in 16 bits."""
+    high = np.ascontiguousarray(block["scales_h"]).view(np.uint8).reshape(-1, 2)
+    scales = _unpack(block["scales_l"], 4, 1) | _unpack(high, 2, 1) << np.uint8(4)
+    return _half(block["d"]) * (scales.view(np.int8) - np.int8(32))
+
+
+def _iq4_xs(block: Records) -> Floats:
+    return _dequantize(_iq4_xs_scales(block), _iq4_quants("iq4_xs", block))
+
+
 DECODERS: dict[str, Callable[[Records], Floats]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
@@ -172,6 +192,8 @@ DECODERS: dict[str, Callable[[Records], Floats]] = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl,
+    "iq4_xs": _iq4_xs,
 }
 
 
@@ -190,15 +212,30 @@ def _q3_k_to_q6_k(block: Records, out: Records) -> None:
     out["ql"], out["qh"] = pack(quants & np.uint8(15), 4, 64), pack(quants >> np.uint8(4), 2, 32)
 
 
+def _iq4_nl_to_q8_0(block: Records, out: Records) -> None:
+    out["d"] = block["d"]
+    out["qs"] = _iq4_quants("iq4_nl", block)
+
+
+def _iq4_xs_to_q8_0(block: Records, out: Records) -> None:
+    """Eight blocks of each. A scale is rounded to float16."""
+    out["d"] = encode_f16(_iq4_xs_scales(block)).reshape(-1)
+    out["qs"] = _iq4_quants("iq4_xs", block).reshape(len(out), -1)
+
+
 REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {
     ("q5_0", "q8_0"): _q5_0_to_q8_0,
     ("q3_k", "q6_k"): _q3_k_to_q6_k,
+    ("iq4_nl", "q8_0"): _iq4_nl_to_q8_0,
+    ("iq4_xs", "q8_0"): _iq4_xs_to_q8_0,
 }
-"""(type, another type that can hold all its values) → function that fills blocks of the second type, exactly."""
+"""(type, another type that can hold all its values) → function that fills blocks of the second type."""
+ROUNDING = frozenset([("iq4_xs", "q8_0")])
+"""Those of `REPACKERS` that round scales. The others are exact."""
 
 
 def repack(name: str, target: str, blocks: Bytes, out: Bytes) -> None:
-    """Fill `out` [n, bytes of a block of `target`] with the values of `blocks`. (name, target) is in `REPACKERS`."""
+    """Fill `out` [m, bytes of a block of `target`] with the values of `blocks`. (name, target) is in `REPACKERS`."""
     REPACKERS[name, target](records(name, blocks), records(target, out))
 
 

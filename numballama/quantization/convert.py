@@ -17,6 +17,7 @@ from .blocks import (
     DECODERS,
     ENCODERS,
     REPACKERS,
+    ROUNDING,
     decode,
     encode_f16,
     max_magnitude,
@@ -30,7 +31,7 @@ from .types import BF16, BLOCKS, F16, F32, WeightType
 DEFAULT_GROUP = 64
 """Default number of elements that share a scale in an int8 weight."""
 
-EXACT = frozenset(REPACKERS)
+EXACT = REPACKERS.keys() - ROUNDING
 """Pairs (type, target) of block types that `convert` converts without changing a value."""
 
 _TARGETS = ("f32", "f16", "bf16", "int8", *ENCODERS, *SEARCHING)
@@ -42,10 +43,10 @@ def convert(weight: Weight, target: WeightType, importance: npt.NDArray[np.float
 
     `importance`, float32 [columns], says how much the error of a column counts, for types of `search`.
 
-    q5_0 to q8_0 and q3_k to q6_k are exact: blocks are repacked. Every other conversion goes through float32 and rounds
-    to the nearest value. Ties go away from zero for int8 and q8_0 (C's roundf), to even for f16 and bf16, and upwards
-    for q4_0 and q4_1; q5_0, q5_1 and K-quants search for the scales with the least error. Finite values stay finite:
-    those beyond the range of f16 or bf16 become its largest value.
+    q5_0 and iq4_nl to q8_0, and q3_k to q6_k, are exact: blocks are repacked; iq4_xs to q8_0 rounds scales. Every other
+    conversion goes through float32 and rounds to the nearest value. Ties go away from zero for int8 and q8_0 (C's
+    roundf), to even for f16 and bf16, and upwards for q4_0 and q4_1; q5_0, q5_1 and K-quants search for the scales with
+    the least error. Finite values stay finite: those beyond the range of f16 or bf16 become its largest value.
 
     Raises `UnsupportedError` for a type that cannot be written, and `Error` for a group size below 1, for rows that are
     not whole blocks, and for NaN or infinity where the target is int8 or a block type.
@@ -105,10 +106,12 @@ def _of_blocks(
 
 def _repack(weight: Weight, target: WeightType) -> Weight:
     old = weight.data.reshape(-1, weight.type.traits.block_bytes)
-    new = np.empty((len(old), target.traits.block_bytes), np.uint8)
-    step = max(_CHUNK // target.traits.block_size, 1)
+    ratio = weight.type.traits.block_size // target.traits.block_size
+    new = np.empty((len(old) * ratio, target.traits.block_bytes), np.uint8)
+    step = max(_CHUNK // weight.type.traits.block_size, 1)
     for start in range(0, len(old), step):
-        repack(weight.type.name, target.name, old[start : start + step], new[start : start + step])
+        part = slice(start * ratio, (start + step) * ratio)
+        repack(weight.type.name, target.name, old[start : start + step], new[part])
     return Weight(weight.shape, target, new.reshape(*weight.shape[:-1], -1))
 
 

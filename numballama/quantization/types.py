@@ -35,6 +35,8 @@ class TypeTraits:
     """The unsigned quant that means 0: an element is scale · (quant - zero_point)."""
     has_min: bool = False
     """Each scale has a minimum beside it: an element is scale · quant + minimum."""
+    codebook: tuple[int, ...] = ()
+    """What the quants stand for, if not for themselves: an element is scale · codebook[quant]."""
     vec_dot_type: str | None = None
     """How int8 activations are quantised for a product with this type, a key of `ACTIVATION_QUANT`."""
     fallback: str | None = None
@@ -62,6 +64,9 @@ class TypeTraits:
 def _block(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]:
     return np.dtype(list(fields))
 
+
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""Codebook of iq4_nl and iq4_xs: closer together near 0, where most weights are."""
 
 TYPE_TRAITS: dict[str, TypeTraits] = {
     traits.name: traits
@@ -112,6 +117,16 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
         TypeTraits(
             "q6_k", 6, 256, _block(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")),
             gguf_id=14, ftype=18, scale_group=16, zero_point=32, vec_dot_type="q8_k",
+        ),
+        TypeTraits(
+            "iq4_nl", 4, 32, _block(("d", "<u2"), ("qs", "u1", 16)),
+            gguf_id=20, ftype=25, scale_group=32, codebook=_IQ4, vec_dot_type="q8_0",
+            fallback="q8_0",  # holds the same values
+        ),
+        TypeTraits(
+            "iq4_xs", 4, 256, _block(("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)),
+            gguf_id=23, ftype=30, scale_group=32, codebook=_IQ4, vec_dot_type="q8_k",
+            fallback="q8_0",  # holds the same values but for a scale that is rounded, as float16 would round each value
         ),
     )
 }  # fmt: skip

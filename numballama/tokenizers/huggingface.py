@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from codecs import BOM_UTF8
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,7 +246,7 @@ def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], pa
     bos, eos = (ids.get(text or "") for text in (settings.bos, settings.eos))
     if settings.eos is not None and eos is None:
         notes.append(f"the tokenizer has no {settings.eos!r}, its EOS according to the files beside it")
-    before, after = _around(library, path)
+    before, after = _around(library, ids, path)
     known = set(ids.values())
     if unknown := sorted({*before, *after} - known):
         listed = ", ".join(map(str, unknown))
@@ -267,13 +268,13 @@ def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], pa
     return _Rules(bos, eos, bos in before, eos in after, (before, after))
 
 
-def _around(library: Library, path: Path) -> tuple[list[int], list[int]]:
+def _around(library: Library, vocabulary: Iterable[str], path: Path) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and after a text."""
     with library_errors("a tokenizer.json whose post-processor fails", path):
         _require_template(library, path)
         with contextlib.suppress(Exception):  # unknown text is an error of some vocabularies, but never a panic
             library.encode(_PROBE)
-        text = _encodable(library)
+        text = _encodable(library, vocabulary)
         encoded, bare = library.encode(text), library.encode(text, add_special_tokens=False)
     ids, inner = list(encoded.ids), len(bare.ids)
     mask = list(encoded.special_tokens_mask)
@@ -281,9 +282,9 @@ def _around(library: Library, path: Path) -> tuple[list[int], list[int]]:
     return ids[:start], ids[start + inner :]
 
 
-def _encodable(library: Library) -> str:
+def _encodable(library: Library, vocabulary: Iterable[str]) -> str:
     """A short text that the vocabulary has tokens for."""
-    for text in ("a", *list(library.get_vocab())[:10]):
+    for text in ("a", *islice(vocabulary, 10)):
         with contextlib.suppress(Exception):
             library.encode(text)
             return text

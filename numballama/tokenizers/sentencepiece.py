@@ -161,12 +161,17 @@ def _observe_strip(model: SentencePieceProcessor) -> Strip:
 
 
 def read_sentencepiece(
-    file: MappedFile, added: Sequence[AddedToken] = (), eos: str | None = None, legacy: bool = True
+    file: MappedFile,
+    added: Sequence[AddedToken] = (),
+    eos: str | None = None,
+    legacy: bool = True,
+    add_prefix_space: bool | None = None,
 ) -> SentencePieceTokenizer | None:
     """The sentencepiece model in the file; None when the library does not accept it.
 
     `added` are tokens that other files add, `eos` is the text of EOS if it is not the model's, `legacy` as in
-    `SentencePieceTokenizer`. Pieces with a name of `EOG_NAMES` become control tokens.
+    `SentencePieceTokenizer`, `add_prefix_space` replaces the model's add_dummy_prefix. Pieces with a name of
+    `EOG_NAMES` become control tokens.
     """
     if file.data[0] != 0x0A:  # the tag of the first piece: rejects other files before the library is imported
         return None
@@ -179,8 +184,8 @@ def read_sentencepiece(
             return None
         names = {name: token for name in EOG_NAMES if not model.is_unknown(token := model.piece_to_id(name))}
         marked = [token for name, token in names.items() if name not in not_eog(names)]
-        if not all(map(model.is_control, marked)):
-            model = changed_model(data, control=marked)
+        if add_prefix_space is not None or not all(map(model.is_control, marked)):
+            model = changed_model(data, marked, add_prefix_space)
         entries = {entry.text: entry for entry in added}
         end = entries[eos].token if eos in entries else model.piece_to_id(eos) if eos is not None else None
         if end is not None and end < model.vocab_size() and model.is_unknown(end):

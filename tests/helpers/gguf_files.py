@@ -40,6 +40,8 @@ HALVES = {
     "q4_k": ((0, 2), 15 * 63),
     "q5_k": ((0, 2), 31 * 63),
     "q6_k": ((208,), 32 * 128),
+    "iq4_nl": ((0,), 127),
+    "iq4_xs": ((0,), 127 * 32),
 }
 """Block type → where in a block its float16 factors lie, and the most that they are multiplied with."""
 

@@ -28,6 +28,10 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def pack(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
     """Integers → 32-bit words along the last dimension, one element after another."""
+    if 32 % bits:  # MLX's, across the ends of words
+        rows = [sum(int(q) << bits * at for at, q in enumerate(row)) for row in values.reshape(-1, values.shape[-1])]
+        size = values.shape[-1] * bits // 8
+        return np.frombuffer(b"".join(row.to_bytes(size, "little") for row in rows), "<u4").reshape(len(values), -1)
     count = 32 // bits
     words = np.zeros((*values.shape[:-1], values.shape[-1] // count), np.uint32)
     for word in range(words.shape[-1]):

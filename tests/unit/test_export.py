@@ -235,6 +235,14 @@ def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
     assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
 
 
+def test_the_name_of_the_current_directory(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy("llama")
+    monkeypatch.chdir(folder)
+    for source in (".", "./", f"../{folder.name}/", folder / "."):
+        export_model(source, "../m.gguf", "gguf")
+        assert Header(map_file("../m.gguf")).text("general.name") == folder.name
+
+
 def test_gguf_that_llama_cpp_would_not_open(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no architecture with q/k norms and biases"):
         export_model(GOLDEN / "hf" / "qwen3-biases-0", tmp_path / "m.gguf", "gguf")

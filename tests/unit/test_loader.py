@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 import pickle
+import shutil
 import struct
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ from numballama import loader
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
+from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.llama2c import Llama2cTokenizer
 from tests.helpers.gguf_files import CONFIG, edited, entries_of, letters, u32
@@ -147,6 +151,7 @@ def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (gzip.compress(bytes(100)), r"a gzip archive \(unpack it\)"),
         (bz2.compress(bytes(100)), "a bzip2 archive"),
         (lzma.compress(bytes(100)), "an xz archive"),
+        (b"model/".ljust(257, b"\0") + b"ustar\x0000", r"a tar archive \(unpack it\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # a gzip archive has the time of day in it
 )
@@ -154,6 +159,14 @@ def test_known_foreign_formats_are_named(tmp_path: Path, head: bytes, kind: str)
     path = tmp_path / "foreign"
     path.write_bytes(head.ljust(100, b" "))
     with pytest.raises(UnsupportedError, match=f"{kind}.*supported are llama2.c v0, v1 and v2, KuiperLLama"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_archive_that_is_no_checkpoint(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(path := tmp_path / "model.zip", "w", method) as archive:
+        archive.writestr("model/config.json", "{}" * 99)
+    with pytest.raises(FormatError, match=r"not a PyTorch checkpoint; .*found a zip archive of other files: unpack it"):
         open_checkpoint(path)
 
 
@@ -169,6 +182,88 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FormatError, match=r"expected config\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_a_directory_of_one_model_and_what_is_none(tmp_path: Path) -> None:
+    """A projector of images or an importance matrix beside the only model is not another one."""
+    path = save_gguf(tmp_path / "SmolVLM-Q8_0.gguf")
+    for other in ("mmproj-SmolVLM-f16.gguf", "SmolVLM.imatrix.gguf"):
+        (tmp_path / other).write_bytes(path.read_bytes())
+        assert open_checkpoint(tmp_path).path == path
+    path.rename(tmp_path / "mmproj.gguf")  # no other is there
+    with pytest.raises(FormatError, match=r"a directory of 3 GGUF models; give the path of one: SmolVLM\.imatrix"):
+        open_checkpoint(tmp_path)
+
+
+def test_links_of_a_hubs_cache_that_lead_nowhere(tmp_path: Path) -> None:
+    """`cp -r` of a snapshot copies links to its blobs: a tokenizer_config.json would be as good as not there."""
+    snapshot, blob = tmp_path / "snapshot", tmp_path / "blob"
+    config = SMALL.with_overrides(rope_pairing="half")
+    write_safetensors(snapshot, config, random_checkpoint(config).weights)
+    for name in ("tokenizer_config.json", "config.json", "model.safetensors"):
+        shutil.rmtree(copy := tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(snapshot, copy)
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to("../blob")
+        for given_path in (copy, copy / name):
+            with pytest.raises(Error, match=rf"{name}: is a link to \.\./blob, which is not there.*cp -rL"):
+                open_checkpoint(given_path)
+    blob.write_bytes((snapshot / "model.safetensors").read_bytes())
+    assert open_checkpoint(copy).config == open_checkpoint(copy / "model.safetensors").config
+    (copy / "README.md").symlink_to("../nothing")  # which nobody reads
+    open_checkpoint(copy)
+
+
+def test_a_download_that_has_not_ended(tmp_path: Path) -> None:
+    """aria2c gives a file its whole size at once: the rest is zeros, which are weights like any other."""
+    path = save_gguf(tmp_path / "m.gguf")
+    assert open_checkpoint(path).format == "GGUF v3"
+    (tmp_path / "m.gguf.aria2").write_bytes(b"\0\1")
+    for place in (path, tmp_path):
+        with pytest.raises(FormatError, match=r"m\.gguf: a download that has not ended.*m\.gguf\.aria2"):
+            open_checkpoint(place)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.incomplete", ".cache/huggingface/download/x=.1f.incomplete"])
+def test_a_directory_whose_download_has_not_ended(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"\0")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"), 4) | {
+        "num_attention_heads": 2
+    }
+    files = {
+        "": "",
+        "config.json": json.dumps({"model_type": "llama", "vocab_size": 8, **sizes}),
+        "model.safetensors.index.json": '{"weight_map": {"x": "model-00001-of-00001.safetensors"}}',
+    }
+    for more, content in files.items():
+        if more:
+            (tmp_path / more).write_text(content)
+        with pytest.raises(FormatError, match=rf"a download that has not ended: {Path(name).name}"):
+            open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".part{}of2", "-split-{}", ".00{}"])
+def test_pieces_of_a_file_that_was_cut(tmp_path: Path, suffix: str) -> None:
+    data = save_gguf(tmp_path / "m.gguf").read_bytes()
+    for number, piece in ((1, data[:900]), (2, data[900:])):
+        path = tmp_path / f"m.gguf{suffix.format('ab'[number - 1] if 'split' in suffix else number)}"
+        path.write_bytes(piece)
+        with pytest.raises(FormatError, match=r"a piece of m\.gguf, .*: join all pieces .* to m\.gguf$"):
+            open_checkpoint(path)
+    path.write_bytes(data)  # whole after all
+    assert open_checkpoint(path).format == "GGUF v3"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("m.gguf", "GGUF"), ("m.safetensors", "a length and a directory")])
+def test_a_name_that_promises_another_content(tmp_path: Path, name: str, expected: str) -> None:
+    path = tmp_path / name
+    for content, found in ((bytes(1000), "zeros: was a download interrupted"), (bytes(range(200)), r"b'\\x00\\x01")):
+        path.write_bytes(content)
+        with pytest.raises(
+            FormatError, match=f"not a {path.suffix[1:]} file.*byte 0; expected {expected}.*found {found}"
+        ):
+            open_checkpoint(path)
 
 
 def test_a_json_file_of_a_model_is_named(tmp_path: Path) -> None:

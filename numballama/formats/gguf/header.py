@@ -62,10 +62,8 @@ _UNREAD_TYPES = {
     17: ("IQ2_XS", 256, 74),
     18: ("IQ3_XXS", 256, 98),
     19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
     21: ("IQ3_S", 256, 110),
     22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
     24: ("I8", 1, 1),
     25: ("I16", 1, 2),
     26: ("I32", 1, 4),
@@ -79,6 +77,12 @@ _UNREAD_TYPES = {
     41: ("Q1_0", 128, 18),
 }
 """Types that this package cannot read as weights. Their sizes are needed to check the directory of a file."""
+_REMOVED_TYPES = {
+    4: ("Q4_2", ""), 5: ("Q4_3", ""),
+    31: ("Q4_0_4_4", "Q4_0"), 32: ("Q4_0_4_8", "Q4_0"), 33: ("Q4_0_8_8", "Q4_0"),
+    36: ("IQ4_NL_4_4", "IQ4_NL"), 37: ("IQ4_NL_4_8", "IQ4_NL"), 38: ("IQ4_NL_8_8", "IQ4_NL"),
+}  # fmt: skip
+"""Types that ggml had once → (name, the type of the same values in another order)."""
 _READ_TYPES = {
     traits.gguf_id: (traits.name.upper(), traits.block_size, traits.block_bytes)
     for traits in TYPE_TRAITS.values()
@@ -128,7 +132,11 @@ class Header:
         if self.version not in VERSIONS:
             swapped = int.from_bytes(self.version.to_bytes(4, "little"), "big") in VERSIONS
             what = "a big-endian file" if swapped else f"version {self.version:,}"
-            raise UnsupportedError(f"{self.path}: GGUF, {what}; supported are versions 2 and 3, little-endian")
+            advice = "convert the model again" if self.version < VERSIONS[0] else "a newer numballama may read it"
+            advice = "the gguf package turns it: gguf-convert-endian FILE little" if swapped else advice
+            raise UnsupportedError(
+                f"{self.path}: GGUF, {what}; supported are versions 2 and 3, little-endian: {advice}"
+            )
         n_tensors = self._count("tensors", 24)  # a name's length, no dimension, type and offset
         n_fields = self._count("metadata keys", 13)  # a name's length, type and a value of one byte
         for _ in range(n_fields):
@@ -334,6 +342,12 @@ class Header:
         if 0 in dims:
             raise self._fault(f"tensor {name} is empty", where, "positive dimensions", dims)
         where, number = self._at, self._read(_U32, f"the type of tensor {name}")
+        if number in _REMOVED_TYPES:
+            kind, same = _REMOVED_TYPES[number]
+            instead = f"take the model in {same}" if same else "take a file of another quantisation"
+            raise UnsupportedError(
+                f"{self.path}: tensor {name} has type {kind}, which llama.cpp reads no longer: {instead}"
+            )
         if number not in TENSOR_TYPES:
             known = ", ".join(kind for kind, *_ in TENSOR_TYPES.values())
             raise UnsupportedError(

@@ -96,13 +96,12 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         raise UnsupportedError(
             f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
         )
-    ends = (header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     opened = Checkpoint(
         path=file.path,
         format=f"GGUF v{header.version}",
         config=config,
         weights=weights,
-        stop_token_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
+        stop_token_ids=_stop_token_ids(header, config.vocab_size),
         chat_templates=templates,
         notes=notes + _conversions(weights),
     )
@@ -120,6 +119,14 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
             opened.tokenizer_error = str(error)
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened
+
+
+def _stop_token_ids(header: Header, count: int) -> tuple[int, ...]:
+    """Ids that end a text: those of single keys, and those of the array that ollama writes."""
+    found = [header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if (more := header.numbers("tokenizer.ggml.eos_token_ids")) is not None:
+        found += map(int, np.unique(more[(more >= 0) & (more < count)]).tolist())
+    return tuple(dict.fromkeys(token for token in found if token is not None and 0 <= token < count))
 
 
 def _architecture(header: Header) -> str:

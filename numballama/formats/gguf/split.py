@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...errors import FormatError
 from ...files import MappedFile, map_file
-from .header import Header
+from .header import MAGIC, Header
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -29,6 +29,15 @@ def open_header(file: MappedFile) -> tuple[Header, list[str]]:
     if count <= 1:
         return given, []
     if (match := _NAME.fullmatch(file.path.name)) is None:
+        end = max((info.offset + info.nbytes for info in given.tensors.values()), default=given.data_offset)
+        if (at := file.data.find(MAGIC, end, end + 2 * given.alignment + len(MAGIC))) >= 0:
+            raise FormatError(
+                f"{count:,} parts of a model, put one behind another",
+                path=file.path,
+                where=at,
+                expected="files of their own (give the path of a part), or what llama-gguf-split --merge makes of them",
+                found="the header of the next part",
+            )
         raise FormatError(
             f"one of {count:,} parts of a model, renamed so that the others cannot be found",
             path=file.path,

@@ -1,9 +1,10 @@
 """Weights that other tools quantised: MLX (affine), GPTQ and AWQ. They become q4_1 or float16.
 
-Each stores unsigned integers of `bits` bits, several in a 32-bit word, and for every `group` inputs of an output a
-scale and an offset: w = scale · q + offset. GPTQ and AWQ store a zero point z in place of the offset, -scale · z.
-Integers of 4 bits whose groups are whole blocks become q4_1, which is the same formula. Its scale and offset are
-float16: exact for MLX's float16, rounded for others. All else is computed in float32 and rounded to float16.
+Each stores unsigned integers of `bits` bits, several in a 32-bit word (MLX's of 3, 5 and 6 bits cross the ends of
+words), and for every `group` inputs of an output a scale and an offset: w = scale · q + offset. GPTQ and AWQ store a
+zero point z in place of the offset, -scale · z. Integers of 4 bits whose groups are whole blocks become q4_1, which is
+the same formula. Its scale and offset are float16: exact for MLX's float16, rounded for others. All else is computed in
+float32 and rounded to float16.
 
 | tool | integers | shape | order in a word, lowest bits first | scale, offset or zeros |
 |---|---|---|---|---|
@@ -39,7 +40,8 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _WORDS = ("U32", "I32", "IntStorage")
 _ROWS = 512
 """Rows that are unpacked at a time."""
-_READABLE = "MLX (affine, 4 or 8 bits), GPTQ (4 or 8 bits) and AWQ (GEMM, 4 bits)"
+_MLX_BITS = (2, 3, 4, 5, 6, 8)
+_READABLE = "MLX (affine, 2 to 6 or 8 bits), GPTQ (4 or 8 bits) and AWQ (GEMM, 4 bits)"
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def with_older_config(keys: Keys, directory: Path) -> Keys:
         return keys
     for name, method in zip(_OLDER, ("gptq", "awq"), strict=True):
         if os.path.isfile(directory / name):
-            own = read_object(directory / name).values
-            return Keys({**keys.values, "quantization_config": {"quant_method": method, **own}}, keys.path, keys.what)
+            own = {"quantization_config": {"quant_method": method, **read_object(directory / name).values}}
+            scheme_of(Keys(own, directory / name, name))  # what is wrong with it is wrong in this file
+            return Keys(keys.values | own, keys.path, keys.what)
     return keys
 
 
@@ -116,7 +119,10 @@ def undeclared(directory: Path, tensors: Mapping[str, TensorInfo], name: str) ->
 
 
 def _unsupported(keys: Keys, key: str) -> UnsupportedError:
-    text = repr(keys.values[key])
+    value = keys.values[key]
+    if isinstance(value, dict) and "quant_method" in value:  # first: the rest may be cut
+        value = {"quant_method": value["quant_method"], **value}
+    text = repr(value)
     return UnsupportedError(
         f"{keys.path}: {key} is {text if len(text) <= 80 else text[:77] + '...'}, which is not supported; weights "
         f"without quantisation are, those of {_READABLE}, and GGUF of every type that `inspect` lists"
@@ -167,7 +173,7 @@ def _floats(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
 def _mlx(packed: TensorInfo, scales: TensorInfo, offsets: TensorInfo, shape: tuple[int, ...]) -> Weight:
     rows, columns = shape
     bits, group = _ratio(packed, 32, columns), _group(scales, columns)
-    if bits not in (4, 8):
+    if bits not in _MLX_BITS:
         raise UnsupportedError(f"{packed.file.path}: tensor {packed.name[:100]} has {bits} bits; read are {_READABLE}")
     words = _words(packed, (rows, columns * bits // 32))
     scale, offset = (_floats(info, (rows, columns // group)) for info in (scales, offsets))
@@ -213,7 +219,9 @@ def _zero_points(
     group = columns // count
     packing = 32 // bits
     size = (columns, rows // packing) if scheme.method == "awq" else (columns // packing, rows)
-    words, zero_words = _words(packed, size), _words(zeros, (count, rows // packing))
+    # added to whole words, as GPTQModel subtracts it: a zero point of 0 has borrowed from the one above it
+    added = np.uint32(scheme.zero_add * sum(1 << at for at in range(0, 32, bits)))
+    words, zero_words = _words(packed, size), _words(zeros, (count, rows // packing)) + added
     scale = _floats(scales, (count, rows))
     groups = np.arange(columns) // group
     if order is not None:
@@ -235,7 +243,7 @@ def _zero_points(
             q = _unpack(np.ascontiguousarray(words[:, start:stop].T), bits).reshape(stop - start, columns)
         zero = _unpack(zero_words[:, inner], bits, positions).reshape(count, -1).T.astype(np.float32)
         by_group = _float32(scale, 0, count)[:, start:stop].T
-        offset = -by_group * (zero + np.float32(scheme.zero_add))
+        offset = -by_group * zero
         if regular:
             return q, by_group, offset
         return q, by_group[:, groups], offset[:, groups]
@@ -246,7 +254,13 @@ def _zero_points(
 def _unpack(
     words: npt.NDArray[np.uint32], bits: int, positions: tuple[int, ...] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """The integers of every word, in a new last dimension, lowest bits first or at the given positions."""
+    """The integers of every word, in a new last dimension, lowest bits first or at the given positions.
+
+    Those that cross the ends of words are in one dimension for each row, [rows, integers].
+    """
+    if 32 % bits:
+        ones = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+        return np.packbits(ones.reshape(len(words), -1, bits), axis=-1, bitorder="little")[..., 0]
     shifts = np.array(positions or range(32 // bits), np.uint32) * np.uint32(bits)
     return ((words[..., None] >> shifts) & np.uint32((1 << bits) - 1)).astype(np.uint8)
 

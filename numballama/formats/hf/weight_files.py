@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import FormatError
-from ...files import MappedFile, map_file
+from ...files import MappedFile, map_file, unfinished
 from ...quantization.types import WeightType
 from .. import safetensors
 from ..json_reader import read_object
@@ -94,7 +94,9 @@ def find(directory: Path, single_file: MappedFile | None = None) -> Tensors:
         "it is not clear which file holds the weights",
         path=directory,
         expected=f"{SINGLE}, {INDEX}, one file *.safetensors, {TORCH_SINGLE} or {TORCH_INDEX}, or the path of a file",
-        found=", ".join([*names, *(each for each in visible(directory, "") if each not in names)][:12]) or "no files",
+        found=unfinished(directory)
+        or ", ".join([*names, *(each for each in visible(directory, "") if each not in names)][:12])
+        or "no files",
     )
 
 
@@ -162,7 +164,10 @@ def _merged(directory: Path, names: Iterable[str], table: dict[str, str] | None 
     for file_name in names:
         if not (directory / file_name).exists():
             raise FormatError(
-                "a part of the model is missing", path=directory, expected=file_name, found="no such file"
+                "a part of the model is missing",
+                path=directory,
+                expected=file_name,
+                found=unfinished(directory) or "no such file",
             )
         for name, info in tensors_of(map_file(directory / file_name)).items():
             if name not in tensors or (table or {}).get(name, file_name) == file_name:

@@ -205,6 +205,13 @@ def _members(file: MappedFile) -> dict[str, _Member]:
         raise fault(f"{str(error)[:100]}; is the file cut short?") from None
     if not entries:
         raise fault("it has no members")
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        raise FormatError(
+            "not a PyTorch checkpoint",
+            path=file.path,
+            expected="one member …/data.pkl",
+            found="a zip archive of other files: unpack it",
+        )
     members: dict[str, _Member] = {}
     for entry in entries:
         name, at = entry.filename, entry.header_offset

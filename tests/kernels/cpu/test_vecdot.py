@@ -91,7 +91,15 @@ MIXTURES = {
     "Q4_0": {"default": "q4_0", "w2": "q4_1", "tok_embeddings": "q6_k"},
     "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "default": "f16"},
     "Q5_K_M": {"default": "q5_k", "wv": "q6_k", "w2": "q6_k", "output": "q6_k"},
-    "converted": {"wq": "q5_0", "wk": "q5_1", "wv": "q2_k", "w1": "q3_k", "w3": "q2_k", "default": "q5_0"},
+    "converted": {
+        "wq": "q5_0",
+        "wk": "q5_1",
+        "wv": "q2_k",
+        "w1": "q3_k",
+        "w3": "iq4_xs",
+        "wo": "iq4_nl",
+        "default": "q5_0",
+    },
 }
 """What a model's tensors are: files mix types between layers' parts, and within q/k/v and gate/up."""
 

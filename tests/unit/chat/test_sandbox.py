@@ -6,6 +6,7 @@ import resource
 import time
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from numballama.chat import sandbox
 from numballama.chat.template import ChatTemplate
@@ -82,7 +83,9 @@ HOSTILE = {
     "many long slices": LONG + "".join(f"{{% set a{n} = x[1:] %}}" for n in range(2500)),
     "many operands": LONG + "{{ x" + "~x" * 15_000 + " }}",
     "a recursive loop": "{% for i in [1] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "a filter block": loop("{% filter upper %}z{% endfilter %}"),
+    "filter blocks in loops": loop(loop("{% filter upper %}z{% endfilter %}")),
+    "a filter block": "{% filter center(10**9) %}a{% endfilter %}",
+    "text in a filter block": "{% filter length %}" + loop("z" * 50_000) + "{% endfilter %}",
     "parentheses": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
     "ifs": "{% if 1 %}" * 6_000,
     "nots": "{{ " + "not " * 15_000 + "1 }}",
@@ -106,6 +109,25 @@ def test_hostile_templates_end_soon_and_small(name: str, small: Tokenizer) -> No
         seconds.append(time.thread_time() - started)
     assert min(seconds) < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "KiB"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{%- set x -%}{%- filter trim -%}  a {{ messages[0].content }}\n{%- endfilter -%}{%- endset -%}[{{ x }}]",
+        "{% filter upper | replace('A', 'xy') %}a{% filter reverse %}bc{{ 1 + 1 }}{% endfilter %}{% endfilter %}",
+        "{% for m in messages %}{% filter indent(2, first=true) %}{% set y = m.role %}{{ y }}\n{{ loop.index }}"
+        "{% endfilter %}{{ y is defined }}{% endfor %}",
+        "{% macro f(v) %}{% filter title %}{{ v }} {{ caller() }}{% endfilter %}{% endmacro %}"
+        "{% call f('some words') %}{% filter upper %}abc{% endfilter %}{% endcall %}",
+    ],
+)
+def test_filter_blocks_are_jinjas(source: str, small: Tokenizer) -> None:
+    """fireworks-ai/llama-3-firefunction-v2 has one."""
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": ""}]
+    wanted = plain.from_string(source).render(messages=messages)
+    assert ChatTemplate(source, small).render(messages) == wanted
 
 
 def test_long_conversations_fit_the_budget(small: Tokenizer) -> None:

@@ -17,6 +17,7 @@ from numballama.loader import open_checkpoint
 from numballama.quantization import blocks
 from numballama.quantization.convert import EXACT, convert, dequantize
 from numballama.quantization.types import BLOCKS, F32, WeightType
+from tests.helpers.gguf_files import random_blocks
 
 WRITTEN = sorted(blocks.ENCODERS)
 
@@ -102,7 +103,7 @@ def test_finite_values_stay_finite_and_others_are_refused(name: str, most: float
         encoded(name, np.ones((32, 33), np.float32))
 
 
-@pytest.mark.parametrize(("old", "new"), sorted(blocks.REPACKERS))
+@pytest.mark.parametrize(("old", "new"), sorted(EXACT))
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), count=st.integers(1, 4))
 def test_repacked_blocks_hold_the_same_values(old: str, new: str, seed: int, rows: int, count: int) -> None:
     """To the bit, as the gguf package reads both, over several chunks."""
@@ -120,6 +121,18 @@ def test_repacked_blocks_hold_the_same_values(old: str, new: str, seed: int, row
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-6, 1e-3, 1.0, 2e3]))
+def test_repacked_scales_are_rounded_as_float16_rounds(seed: int, size: float) -> None:
+    weight = random_blocks("iq4_xs", 3, 2, np.random.default_rng(seed), size=size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numballama.quantization.convert._CHUNK", 512)
+        again = convert(weight, WeightType("q8_0"))
+    assert ("iq4_xs", "q8_0") not in EXACT and again.nbytes == again.type.nbytes(3 * 512)
+    want, got = (dequantize(each).astype(np.float64).reshape(-1, 32) for each in (weight, again))
+    scales = np.abs(want).max(axis=1, keepdims=True)
+    assert (np.abs(got - want) <= np.maximum(scales * 2**-11, 127 * 2.0**-25)).all()
 
 
 @pytest.mark.slow

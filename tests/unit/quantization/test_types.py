@@ -61,7 +61,7 @@ def test_every_block_type_decodes_in_numpy(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_zero_point_and_minimum_are_the_decoders(name: str) -> None:
     """Quants of 0 are -zero_point times the scale, or the minimum; quants of the largest value are above it by
-    2^bits - 1 scales."""
+    2^bits - 1 scales. With a codebook they are its first and last number."""
     traits = TYPE_TRAITS[name]
     decoded = []
     for fill in (0, 255):
@@ -77,9 +77,15 @@ def test_zero_point_and_minimum_are_the_decoders(name: str) -> None:
             block["scales"][0, :8], block["scales"][0, 8:] = 0x11, 0xAA  # 33, from which 32 is subtracted
         if name in ("q4_k", "q5_k"):
             block["scales"][0, :8], block["scales"][0, 8:] = 1, 0x11
+        if name == "iq4_xs":
+            block["scales_h"], block["scales_l"] = 0xAAAA, 0x11  # 33, from which 32 is subtracted
         weight = Weight((1, traits.block_size), WeightType(name), block.view(np.uint8).reshape(1, -1))
         decoded.append(dequantize(weight))
     low, high = (np.unique(values) for values in decoded)
+    if traits.codebook:
+        assert len(traits.codebook) == 2**traits.bits
+        assert (low.tolist(), high.tolist()) == ([traits.codebook[0]], [traits.codebook[-1]])
+        return
     if name == "q8_0":  # signed
         assert (low.tolist(), high.tolist()) == ([0], [-1])
         return

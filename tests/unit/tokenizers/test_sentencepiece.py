@@ -141,6 +141,22 @@ def test_flags_beside_a_model(tmp_path: Path) -> None:
             assert tokenizer.encode("once") == [1] * (bos is not False) + once + [2] * (eos is True)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_whether_a_text_gets_a_space_in_front(tmp_path: Path, own: bool) -> None:
+    """add_prefix_space, if a file beside the model gives it, else the model's own rule."""
+    model = trained(add_dummy_prefix=own)
+    for given_flag in (None, False, True):
+        config = {} if given_flag is None else {"add_prefix_space": given_flag}
+        tokenizer = directory(tmp_path, model, tokenizer_config=config)
+        prefix = own if given_flag is None else given_flag
+        wanted = changed_model(model.serialized_model_proto(), add_dummy_prefix=prefix)
+        for text in ("once", " once", "a  b"):
+            ids = tokenizer.encode(text, bos=False)
+            assert ids == wanted.encode(text)
+            assert tokenizer.decode(ids) == wanted.decode(ids)
+        assert tokenizer.vocabulary().add_space_prefix is prefix
+
+
 def test_a_user_defined_piece_that_ends_a_turn(tmp_path: Path) -> None:
     """Its name makes it a control token: the library itself no longer finds it in text."""
     model = trained(user_defined_symbols=["<|im_end|>", "<think>"])

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from numballama.checkpoint import Weight
 from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
@@ -23,7 +24,9 @@ from numballama.formats.gguf.header import TENSOR_TYPES, Header
 from numballama.formats.gguf.reader import TENSOR_NAMES
 from numballama.formats.gguf.writer import write_gguf
 from numballama.loader import open_checkpoint
-from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
+from numballama.quantization.convert import dequantize
+from numballama.quantization.policy import convert_weights
+from numballama.quantization.types import BF16, BLOCKS, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
@@ -38,13 +41,14 @@ from tests.helpers.gguf_files import (
     entry,
     f32,
     letters,
+    random_blocks,
     save,
     tensor,
     text,
     u32,
     weights_of,
 )
-from tests.helpers.random_models import configs
+from tests.helpers.random_models import configs, reference_logits
 
 # ---- round trips ----
 
@@ -369,12 +373,39 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
     save(path)
     data = bytearray(path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
-    supported = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
-    for number, message in ((20, f"has type IQ4_NL; supported are {supported}$"), (4, "has type 4 .*known: F32")):
+    supported = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS"
+    for number, message in (
+        (39, f"has type MXFP4; supported are {supported}$"),
+        (4, "has type Q4_2,.*no longer: take a file of another quantisation"),
+        (33, "has type Q4_0_8_8, .*no longer: take the model in Q4_0"),
+        (36, "has type IQ4_NL_4_4, .*no longer: take the model in IQ4_NL"),
+        (99, "has type 99 .*known: F32"),
+    ):
         struct.pack_into("<I", data, at, number)
         path.write_bytes(data)
         with pytest.raises(UnsupportedError, match=rf"tensor blk\.0\.attn_q\.weight {message}"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("iq4_nl", "as q8_0, with the same values"), ("iq4_xs", "as q8_0, rounded")]
+)
+def test_types_without_kernels_run_as_others(tmp_path: Path, kind: str, said: str) -> None:
+    """iq4_nl is what llama.cpp's Q3_K_M and Q2_K have in rows that are not whole blocks of 256, Qwen2.5 0.5B's."""
+    config = ModelConfig(256, 256, 1, 4, 2, 40, 16, tied_embeddings=False)
+    weights, path = weights_of(config), tmp_path / "m.gguf"
+    block = BLOCKS[kind][0]
+    weights["layers.0.w1"] = random_blocks(kind, 256, 256 // block, np.random.default_rng(1))
+    write_gguf(path, config, weights)
+    opened = open_checkpoint(path)
+    assert [note for note in opened.notes if f"{kind.upper()} (layers.0.w1) runs {said}: a copy of" in note]
+    ids = np.arange(12) % 40
+    again = weights | {"layers.0.w1": Weight((256, 256), F32, dequantize(weights["layers.0.w1"]))}
+    np.testing.assert_allclose(
+        reference_logits(opened.config, convert_weights(config, opened.weights, None), ids),
+        reference_logits(config, again, ids),
+        atol=2e-3,
+    )
 
 
 # ---- damage ----

@@ -14,6 +14,7 @@ from numballama.errors import Error, FormatError
 from numballama.files import map_file
 from numballama.formats.gguf.header import Header
 from numballama.formats.gguf.reader import TENSOR_NAMES
+from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from tests.helpers.gguf_files import CONFIG, edited, entry, letters, save, split, tensor, text, u32, weights_of
 
@@ -42,6 +43,11 @@ def test_any_part_opens_all(parts: list[Path], given: int) -> None:
     assert opened.path == parts[given]
     noted = [f"part {given + 1} of 3 was given: all parts are opened, from the first"] if given else []
     assert opened.notes == noted
+
+
+def test_the_tokenizer_of_a_directory_of_parts(parts: list[Path]) -> None:
+    parts[0].with_name("whole.gguf").unlink()
+    assert load_tokenizer(parts[0].parent).encode("abc") == letters(300).encode("abc")
 
 
 @pytest.mark.parametrize("small_first", [False, True], ids=["full first", "metadata alone first"])
@@ -103,6 +109,15 @@ def test_another_name_leads_nowhere(parts: list[Path]) -> None:
         with pytest.raises(FormatError, match="one of 3 parts of a model, renamed") as caught:
             open_checkpoint(path)
         assert caught.value.expected == "…-00001-of-00003.gguf"
+
+
+def test_parts_that_cat_has_joined(parts: list[Path]) -> None:
+    """A model that was cut anywhere is joined so; these have headers of their own."""
+    path = parts[0].with_name("joined.gguf")
+    for padding in (b"", bytes(32)):
+        path.write_bytes(padding.join(part.read_bytes() for part in parts))
+        with pytest.raises(FormatError, match=r"parts of a model, put one behind another.*give the path of a part"):
+            open_checkpoint(path)
 
 
 @pytest.mark.parametrize("given", [0, 1])

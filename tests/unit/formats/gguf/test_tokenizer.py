@@ -347,6 +347,21 @@ def test_why_a_model_carries_no_tokenizer(tmp_path: Path) -> None:
         model.generate("a")
 
 
+def test_several_ids_that_end_a_text(tmp_path: Path) -> None:
+    """ollama writes all of a model's under keys of their own."""
+    path = save(tmp_path / "m.gguf", tokenizer=letters(300))
+    key = "tokenizer.ggml.eos_token_ids"
+    for kind, form, ids, ends in ((4, "I", (2, 270, 299), (2, 270, 299)), (5, "i", (-1, 280, 300), (2, 280))):
+        value = array(kind, len(ids), struct.pack(f"<{len(ids)}{form}", *ids))
+        path.write_bytes(edited(path, {key: entry(key, ARRAY, value)}))
+        opened = open_checkpoint(path)
+        assert opened.stop_token_ids == ends
+        assert set(ends) <= opened.end_ids
+    path.write_bytes(edited(path, {key: entry(key, ARRAY, array(8, 1, text("</s>")))}))
+    with pytest.raises(FormatError, match=f"{key} has the wrong type.*an array of numbers"):
+        open_checkpoint(path)
+
+
 def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None:
     config = replace(CONFIG, vocab_size=512)
     data = save(tmp_path / "small.gguf", tokenizer=letters(300)).read_bytes()

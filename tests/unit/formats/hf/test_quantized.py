@@ -19,7 +19,7 @@ from tests.helpers.hf_files import save_tensors, tensors
 from tests.helpers.quantized_files import DIM, HIDDEN, VOCAB, pack, write
 
 CASES = st.one_of(
-    st.tuples(st.just("mlx"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("mlx"), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([16, 32, 64])),
     st.tuples(st.just("gptq"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
     st.tuples(st.just("awq"), st.just(4), st.sampled_from([32, 64])),
 )
@@ -44,9 +44,30 @@ def check(folder: Path, method: str, bits: int, group: int, seed: int, order: bo
     assert any(note.startswith(f"matrices quantised by {kind} run as") for note in opened.notes)
 
 
-@pytest.mark.parametrize(("method", "bits"), [("mlx", 4), ("mlx", 8), ("gptq", 4), ("gptq", 8), ("awq", 4)])
+@pytest.mark.parametrize(
+    ("method", "bits"), [*(("mlx", bits) for bits in (2, 3, 4, 5, 6, 8)), ("gptq", 4), ("gptq", 8), ("awq", 4)]
+)
 def test_each_method(tmp_path: Path, method: str, bits: int) -> None:
     check(tmp_path / "m", method, bits, 32, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_zero_point_of_0_borrows_from_its_neighbour(tmp_path: Path, bits: int) -> None:
+    """GPTQ's first format subtracts 1 from each zero point, and GPTQModel does so from whole words."""
+    rng = np.random.default_rng(5)
+    write(tmp_path / "m", "gptq", bits, 32, rng)
+    arrays, name = tensors(tmp_path / "m"), "model.layers.0.mlp.up_proj."
+    zeros = rng.integers(0, 3, (2, HIDDEN))
+    zeros[0], zeros[1, -1] = 0, 0
+    ones = np.uint32(sum(1 << at for at in range(0, 32, bits)))
+    arrays[name + "qzeros"] = (pack(zeros, bits) - ones).view(np.int32)
+    save_tensors(tmp_path / "m" / "model.safetensors", arrays)
+    q = (arrays[name + "qweight"].view(np.uint32)[:, None] >> np.arange(0, 32, bits, dtype=np.uint32)[:, None]) & (
+        (1 << bits) - 1
+    )
+    values = (q.reshape(DIM, HIDDEN) - zeros.repeat(32, 0)) * arrays[name + "scales"].astype(np.float64).repeat(32, 0)
+    got = dequantize(open_checkpoint(tmp_path / "m").weights["layers.0.w3"])
+    np.testing.assert_allclose(got, values.T, rtol=0, atol=np.abs(values).max() * 2**-10)
 
 
 @pytest.mark.slow
@@ -125,6 +146,25 @@ def test_other_schemes_are_named(
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16"}, "bitsandbytes"),
+        ({"config_groups": {"group_0": {"input_activations": {"dynamic": True, "num_bits": 8}}}}, "compressed-tensors"),
+    ],
+)
+def test_the_method_is_named_however_long_its_settings_are(
+    copy: Callable[[str], Path], own: dict[str, Any], message: str
+) -> None:
+    folder = copy("llama")
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(keys | {"quantization_config": own | {"quant_method": message, "z": [0] * 99}})
+    )
+    with pytest.raises(UnsupportedError, match=f"quantization_config is .'quant_method': '{message}'.*not supported"):
+        open_checkpoint(folder)
+
+
 OLDER = {
     "gptq": ("quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
     "awq": ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
@@ -144,6 +184,9 @@ def test_the_config_of_an_older_tool(tmp_path: Path, method: str) -> None:
     ):
         open_checkpoint(tmp_path / "m")
     name, content = OLDER[method]
+    (tmp_path / "m" / name).write_text(json.dumps({"bits": 3, "w_bit": 3}))
+    with pytest.raises(UnsupportedError, match=rf"{name}: quantization_config is .*'bits': 3"):
+        open_checkpoint(tmp_path / "m")
     (tmp_path / "m" / name).write_text(json.dumps(content))
     opened = open_checkpoint(tmp_path / "m")
     for weight in wanted.weights:
@@ -159,6 +202,17 @@ def test_bitsandbytes_without_its_config(copy: Callable[[str], Path]) -> None:
     save_tensors(file, arrays)
     with pytest.raises(UnsupportedError, match=r"weight.absmax belongs to weights quantised by bitsandbytes"):
         open_checkpoint(folder)
+
+
+def test_mlx_has_no_other_bits(tmp_path: Path) -> None:
+    write(tmp_path / "m", "mlx", 4, 32, np.random.default_rng(8))
+    arrays, name = tensors(tmp_path / "m"), "model.layers.0.self_attn.q_proj.weight"
+    for width, found in ((2 * DIM // 32 // 2, 1), (7 * DIM // 32, 7)):
+        save_tensors(tmp_path / "m" / "model.safetensors", arrays | {name: np.zeros((DIM, width), np.uint32)})
+        with pytest.raises(
+            UnsupportedError, match=f"q_proj.weight has {found} bits; read are MLX .affine, 2 to 6 or 8"
+        ):
+            open_checkpoint(tmp_path / "m")
 
 
 @pytest.mark.parametrize("method", ["mlx", "gptq", "awq"])
