@@ -162,6 +162,17 @@ def test_log_probabilities(server: Running, model: Model) -> None:
     )
 
 
+@pytest.mark.parametrize("prompt", [OPENING, "The café 🐕"])
+def test_offsets_of_a_stream_are_those_of_the_whole(server: Running, prompt: str) -> None:
+    """Text that a stop string may begin with is held back, and so are bytes of a character: their tokens have come."""
+    body: dict[str, Any] = {"prompt": prompt, "logprobs": 0, "echo": True, "max_tokens": 40, "n": 2}
+    body |= {"temperature": 1.5, "seed": 7, "stop": ["  ", " tqx", " aqx", ",qx"]}
+    for choice in completed(server, **body)["choices"]:
+        parts = [e["choices"][0] for e in streamed(server, **body) if e["choices"][0]["index"] == choice["index"]]
+        offsets = chain(*(each["logprobs"]["text_offset"] for each in parts if each["logprobs"]))
+        assert list(offsets) == choice["logprobs"]["text_offset"]
+
+
 def test_stop(server: Running) -> None:
     choice = completed(server, stop=" little")["choices"][0]
     assert choice["text"] == ", there was a"
