@@ -93,10 +93,11 @@ class Generation:
         self._fields = fields or {}
         engine = service.engine
         context, longest = service.model.context, max(self._lengths)
+        capacity = min(context, service.model.kv_tokens)
+        if longest > capacity:  # before the queue, which may be full: waiting does not help
+            raise refused(too_long(longest, context, capacity), param)
         most = max(service.admission.token_limit, MAX_N * context)
         if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
-            if longest > context:  # clients shorten their chat when they read this code
-                raise refused(too_long(longest, context, context), param)
             message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
             raise ApiError(message, param=param, code="invalid_value")
         self._ticket = service.enter(len(self._choices), self.prompt_tokens)
