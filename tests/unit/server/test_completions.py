@@ -182,6 +182,17 @@ def test_stop(server: Running) -> None:
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_min_tokens_hold_stop_strings_back(either: Running, n: int) -> None:
+    body: dict[str, Any] = {"stop": [","], "n": n, "max_tokens": 60}
+    assert completed(either, **body)["choices"][0]["text"] == ""
+    choices = completed(either, **body, min_tokens=7)["choices"]
+    for choice in choices:
+        assert choice["text"].startswith(", there was a little girl") and choice["text"].count(",") == 1
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ",")
+        assert joined(streamed(either, **body, min_tokens=7), choice["index"]) == choice["text"]
+
+
 def test_settings_have_an_effect(server: Running) -> None:
     plain = completed(server)["choices"][0]["text"]
     token = server.post("/tokenize", {"content": "girl"}).json["tokens"][0]
