@@ -130,6 +130,30 @@ def test_blocks_become_messages() -> None:
     ]
 
 
+def test_turns_of_one_role_in_a_row_are_one(server: Running) -> None:
+    """So Anthropic's reference says. Many chat templates refuse them otherwise."""
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "2"}
+    turns = [
+        {"role": "user", "content": "u"},
+        {"role": "user", "content": [{"type": "text", "text": "v"}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, use]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [result]},
+        {"role": "user", "content": "w"},
+    ]
+    found = [template_message(message) for message in converted(messages=turns).messages]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    assert found == [
+        {"role": "user", "content": "u\nv"},
+        {"role": "assistant", "content": "a\nb", "reasoning_content": "t", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "user", "content": "w"},
+    ]
+    assert server.post(PATH, GREEDY | {"messages": turns[:2]}).status == 200
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none")],
@@ -185,7 +209,11 @@ CALLS = [{"type": "tool_use", "id": str(number), "name": "f", "input": {}} for n
     [
         ({"messages": [TURN, {"role": "assistant", "content": CALLS}]}, "messages.1.content"),
         ({"messages": [{"role": "user", "content": 900 * [{"type": "tool_result", "content": "1"}]}] * 3}, "messages"),
-        ({"messages": [TURN] * MAX_MESSAGES, "system": "Be brief."}, "messages"),
+        (
+            {"messages": [TURN, {"role": "assistant", "content": "No."}] * (MAX_MESSAGES // 2), "system": "s"},
+            "messages",
+        ),
+        ({"messages": [{"role": "assistant", "content": CALLS[:100]}] * 2}, "messages.1.content"),
         (
             {"tools": [{"name": "f", "description": "d" * (MAX_SCHEMA + 1), "input_schema": {}}]},
             "tools.0.description",
