@@ -93,6 +93,7 @@ class ChatAnswers:
                 if found := [self._read(piece) for piece in pieces if piece.index in self._open]:
                     yield found
                 if self.ended and not self.generation.all_ended:  # else it ends by itself
+                    self.generation.complete()
                     break
         except ApiError:
             raise

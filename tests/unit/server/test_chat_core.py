@@ -141,6 +141,21 @@ def test_an_answer_ends_at_its_second_call(server: Running) -> None:
     assert [c["finish_reason"] for e in events for c in e["choices"]][-1] == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_ends_at_its_second_call_is_counted_as_complete(either: Running, stream: bool) -> None:
+    def counted() -> list[float]:
+        text = either.get("/metrics").body.decode()
+        names = ("request_success_total", "request_aborted_total", "request_generation_tokens_count")
+        return [sum(map(float, re.findall(rf"^numballama:{name}.* (\S+)$", text, re.MULTILINE))) for name in names]
+
+    before = counted()
+    calls = rf"({CALL.replace('12', '[1-9]{12}')}\n){{20}}"  # whose numbers are chosen, so they do not come at once
+    body = BODY | {"regex": calls, "max_tokens": 400, "n": 2, "stream": stream}
+    assert either.post(PATH, body | {"parallel_tool_calls": False}).status == 200
+    eventually(lambda: either.idle, "the end of the request")
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 0, 2]
+
+
 def test_the_template_sees_tools_calls_and_results(server: Running) -> None:
     made = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 12}'}}
     messages = [
