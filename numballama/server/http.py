@@ -37,9 +37,17 @@ STREAM_HEADERS = (
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
+_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""Where clients may end a line that do not end one of an event: how JSON writes them. It also has names for others."""
+
+
 def dumps(value: object) -> bytes:
-    """The value as JSON in UTF-8. A lone surrogate, which a request may contain, becomes a question mark."""
-    return _encode(value).encode("utf-8", "replace")
+    """The value as JSON in UTF-8, in a line. A lone surrogate, which a request may contain, becomes a question mark."""
+    text = _encode(value)
+    if not text.isascii():
+        for end, name in _LINE_ENDS.items():
+            text = text.replace(end, name)
+    return text.encode("utf-8", "replace")
 
 
 SLICE = 4096
