@@ -99,8 +99,7 @@ async def _echo(call: Call, request: CompletionRequest, prompts: list[list[int]]
             if size > service.settings.max_logits:
                 most = service.settings.max_logits // (4 * model.config.vocab_size)
                 raise ApiError(f"log probabilities of a prompt of {len(ids):,} tokens: at most {most:,}", param="echo")
-            async with service.logits_lock:  # they are large
-                echo.logprobs[index] = await service.run(model.prompt_logprobs, ids, request.logprobs)
+            echo.logprobs[index] = await service.run_alone(model.prompt_logprobs, ids, request.logprobs)
     except Error as error:
         raise refused(error, "prompt") from None
     return echo

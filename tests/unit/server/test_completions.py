@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from itertools import chain
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from numballama.model import Model
 from numballama.server.answers import Completion
-from tests.helpers.http_server import Running
+from tests.helpers.http_server import LONG, Running, eventually, read_until
 
 PATH = "/v1/completions"
 OPENING = "Once upon a time"
@@ -147,6 +149,31 @@ def test_logits_of_a_prompt_have_a_limit(model: Model) -> None:
         body = GREEDY | {"echo": True, "logprobs": 0}
         assert server.post(PATH, body | {"prompt": [1, 2, 3, 4, 5]}).status == 200
         assert server.post(PATH, body | {"prompt": [1, 2, 3, 4, 5, 6]}).error["param"] == "echo"
+
+
+def test_clients_that_leave_do_not_have_logits_side_by_side(either: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that computes them goes on without its client; the next prompt waits for it."""
+    running, most, go_on = [0], [0], threading.Event()
+
+    def held(ids: list[int], top: int) -> list[None]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        assert go_on.wait(LONG)
+        running[0] -= 1
+        return [None] * len(ids)
+
+    monkeypatch.setattr(either.service.model, "prompt_logprobs", held)
+    connections = [either.begin(PATH, GREEDY | {"echo": True, "logprobs": 0}) for _ in range(3)]
+    eventually(lambda: either.service.active == 3 and running[0], "the first prompt")
+    for connection in connections[:2]:
+        connection.close()
+    eventually(lambda: either.service.active == 1, "the end of two requests")
+    time.sleep(0.1)
+    assert most == [1]
+    go_on.set()
+    assert read_until(connections[2], b"\r\n").startswith(b"HTTP/1.1 200")
+    connections[2].close()
+    assert most == [1]
 
 
 def test_log_probabilities(server: Running, model: Model) -> None:
