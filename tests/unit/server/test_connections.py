@@ -121,6 +121,7 @@ def test_a_lack_of_files_is_a_line_in_the_log(
         return accept(listener)
 
     monkeypatch.setattr(logging.getLogger("numballama.server"), "propagate", True)
+    monkeypatch.setattr(server.server, "_quiet_until", 0.0)
     monkeypatch.setattr(socket.socket, "accept", full)
     assert server.get("/health").status == 200
     lines = [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
