@@ -113,6 +113,7 @@ class ChatAnswers:
         events = self._feed(parser, piece, content) if each_token else parser.feed(piece.text)
         if reason is None and len(events) == 1 and isinstance(events[0], Content) and not self._only_calls:
             return ChatPiece(choice, events, piece.tokens, piece.logprobs, content)  # nearly always
+        is_cut = parser.in_call and isinstance(stop_reason, str)  # by a stop string: the call is none to make
         if reason is not None:
             rest = parser.finish()
             events += rest
@@ -124,10 +125,10 @@ class ChatAnswers:
         keep = 1 - self._calls[choice]
         self._calls[choice] += len(starts)
         if self._one_call and len(starts) > keep:
-            events, reason, stop_reason = events[: starts[keep]], "stop", None
+            events, reason, stop_reason, is_cut = events[: starts[keep]], "stop", None, False
         if reason is not None:
             self._open.discard(choice)
-        if reason == "stop" and self._calls[choice]:
+        if reason == "stop" and self._calls[choice] and not is_cut:
             reason = "tool_calls"
         if self._custom:
             events = list(self._custom[choice].convert(events, reason is not None))

@@ -106,6 +106,11 @@ class Parser:
         return self.in_reasoning or (self._may_reason and self._step is Parser._begin)
 
     @property
+    def in_call(self) -> bool:
+        """Whether a call has begun, with its name, and not ended."""
+        return self._step is Parser._read_call and self._call is not None and self._call.is_call
+
+    @property
     def held(self) -> int:
         """Characters of which nothing was said yet."""
         call = self._call

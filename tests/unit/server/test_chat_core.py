@@ -156,6 +156,22 @@ def test_an_answer_that_ends_at_its_second_call_is_counted_as_complete(either: R
     assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("stop", "reason", "arguments"),
+    [("12", "stop", '{"x": '), ("}", "stop", '{"x": 12'), (" done", "tool_calls", '{"x": 12}')],
+)
+def test_a_call_that_a_stop_string_cuts_is_none_to_make(
+    server: Running, stop: str, reason: str, arguments: str
+) -> None:
+    """Clients call the function when they read tool_calls or tool_use, and with {} where the arguments are cut."""
+    body = BODY | {"regex": rf"{CALL} done", "stop": [stop]}
+    (choice,) = server.post(PATH, body).json["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == (reason, stop)
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [arguments]
+    last = server.post(PATH, body | {"stream": True}).events[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == (reason, stop)
+
+
 def test_the_template_sees_tools_calls_and_results(server: Running) -> None:
     made = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 12}'}}
     messages = [

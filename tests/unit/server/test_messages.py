@@ -105,6 +105,16 @@ def test_a_call_that_was_cut_is_no_text(server: Running, tokens: int) -> None:
     assert starts == ["tool_use"] * len(answer["content"])
 
 
+def test_a_call_that_a_stop_sequence_cuts_is_none_to_make(server: Running) -> None:
+    form = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    body = GREEDY | {"max_tokens": 80, "tools": [{"name": "look", "input_schema": form}], "stop_sequences": ['"x"']}
+    body["tool_choice"] = {"type": "any"}
+    answer = server.post(PATH, body).json
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", '"x"')
+    ends = [event["delta"] for event in server.post(PATH, body | {"stream": True}).events if "usage" in event]
+    assert ends == [{"stop_reason": "stop_sequence", "stop_sequence": '"x"'}]
+
+
 def test_the_context_ends_an_answer(server: Running, model: Model) -> None:
     """The prompt leaves room for a few tokens, too few to end the story."""
     words = {"role": "user", "content": "the dog " * 238}
