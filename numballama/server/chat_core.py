@@ -113,7 +113,7 @@ class ChatAnswers:
         events = self._feed(parser, piece, content) if each_token else parser.feed(piece.text)
         if reason is None and len(events) == 1 and isinstance(events[0], Content) and not self._only_calls:
             return ChatPiece(choice, events, piece.tokens, piece.logprobs, content)  # nearly always
-        is_cut = parser.in_call and isinstance(stop_reason, str)  # by a stop string: the call is none to make
+        is_cut = parser.in_arguments  # then the call is none to make
         if reason is not None:
             rest = parser.finish()
             events += rest

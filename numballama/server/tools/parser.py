@@ -106,9 +106,9 @@ class Parser:
         return self.in_reasoning or (self._may_reason and self._step is Parser._begin)
 
     @property
-    def in_call(self) -> bool:
-        """Whether a call has begun, with its name, and not ended."""
-        return self._step is Parser._read_call and self._call is not None and self._call.is_call
+    def in_arguments(self) -> bool:
+        """Whether the arguments of a call have begun and not ended."""
+        return self._step is Parser._read_call and self._call is not None and self._call.in_arguments
 
     @property
     def held(self) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import ANY
 
 import pytest
 
+from numballama.generate import TextPart
 from numballama.model import Model
-from numballama.server.chat_core import forced_call, offered_tools
+from numballama.server.chat_core import ChatAnswers, forced_call, offered_tools, plain_tools
 from numballama.server.fields import parse
 from numballama.server.http import dumps
 from numballama.server.protocol import ChatRequest
@@ -170,6 +172,17 @@ def test_a_call_that_a_stop_string_cuts_is_none_to_make(
     assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [arguments]
     last = server.post(PATH, body | {"stream": True}).events[-1]["choices"][0]
     assert (last["finish_reason"], last["stop_reason"]) == (reason, stop)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [('{"x": 1', "stop"), ('{"x": 1}', "tool_calls"), ('{"x": 1}}', "tool_calls")]
+)
+def test_a_call_that_the_model_does_not_end_is_none_to_make(text: str, reason: str) -> None:
+    """But small models forget the last bracket now and then, behind whole arguments."""
+    parsers = choose_format(None, ()).parsers(plain_tools(parse(ChatRequest, dumps(BODY)).tools), 1, False)
+    answers = ChatAnswers(SimpleNamespace(), parsers)  # type: ignore[arg-type]
+    part = TextPart(0, ['{"name": "look", "arguments": ' + text], [5], [None], "stop", 2)
+    assert answers._read(part).finish_reason == reason
 
 
 def test_the_template_sees_tools_calls_and_results(server: Running) -> None:
