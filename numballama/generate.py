@@ -97,10 +97,10 @@ class TextPart:
 
 
 class TextStream:
-    """Makes a `GenerationResponse` of each token of one sequence. A stop string ends it."""
+    """Makes a `GenerationResponse` of each token of one sequence. A stop string ends it, after `min_tokens` tokens."""
 
-    def __init__(self, decoder: Decoder, stop: Iterable[str]) -> None:
-        self._decoder, self._stops = decoder, StopStringFilter(stop)
+    def __init__(self, decoder: Decoder, stop: Iterable[str], min_tokens: int = 0) -> None:
+        self._decoder, self._stops, self._min_tokens = decoder, StopStringFilter(stop), min_tokens
         self._started, self._count = 0.0, 0
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
@@ -108,7 +108,8 @@ class TextStream:
         self._started = self._started or now
         stops, text, finish_reason, stop_reason = self._stops, "", event.finish_reason, event.stop_reason
         if finish_reason != "stop" or stop_reason is None:  # a stop token adds nothing, the last one of a grammar does
-            text = stops.push(self._decoder.push(event.token), self._decoder.hidden(event.token))
+            may_end = self._count >= self._min_tokens
+            text = stops.push(self._decoder.push(event.token), self._decoder.hidden(event.token), may_end)
             if stops.found is not None:
                 finish_reason, stop_reason = "stop", stops.found
         if finish_reason is not None and stops.found is None:
@@ -130,9 +131,9 @@ class TextStream:
 class TextStreams:
     """A `TextStream` for each sequence of a request."""
 
-    def __init__(self, decoder: Callable[[], Decoder], stop: Sequence[str], n: int) -> None:
+    def __init__(self, decoder: Callable[[], Decoder], stop: Sequence[str], n: int, min_tokens: int = 0) -> None:
         self.n = n
-        self._streams = [TextStream(decoder(), stop) for _ in range(n)]
+        self._streams = [TextStream(decoder(), stop, min_tokens) for _ in range(n)]
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
         return self._streams[event.index](event)
@@ -280,7 +281,8 @@ class StopStringFilter:
 
     `push(text, hidden)` returns the text that is safe to show. `hidden` follows `text` and is never shown: what a
     control token is called, which a stop string may spell. `found` is None until a stop string is complete; the text
-    before it is the end. `flush()` returns the text that is still held back when generation ends for another reason.
+    before it is the end. One that is complete where it may not end the text is text. `flush()` returns the text that is
+    still held back when generation ends for another reason.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -289,13 +291,13 @@ class StopStringFilter:
         """Characters that are held back, and whether they are shown."""
         self.found: str | None = None
 
-    def push(self, text: str, hidden: str = "") -> str:
+    def push(self, text: str, hidden: str = "", may_end: bool = True) -> str:
         if not self._searches or self.found is not None:
             return "" if self.found is not None else text
         held, before = self._held, len(self._held)
         held += [(character, True) for character in text]
         held += [(character, False) for character in hidden]
-        ends = [(search.read(text + hidden), search.stop) for search in self._searches]
+        ends = [(search.read(text + hidden, may_end), search.stop) for search in self._searches]
         places = [(before + end - len(stop), stop) for end, stop in ends if end is not None]
         if places:
             place, self.found = min(places, key=lambda found: found[0])
@@ -329,10 +331,14 @@ class _Search:
             matched = self._shorter[matched - 1]
         return matched + (self.stop[matched] == character)
 
-    def read(self, text: str) -> int | None:
-        """Continue with `text`. Returns how much of it ends the first occurrence; None if there is none yet."""
+    def read(self, text: str, may_end: bool = True) -> int | None:
+        """Continue with `text`. Returns how much of it ends the first occurrence; None if there is none yet, or if it
+        may not end here.
+        """
         for index, character in enumerate(text):
             self.matched = self._next(self.matched, character)
             if self.matched == len(self.stop):
-                return index + 1
+                if may_end:
+                    return index + 1
+                self.matched = self._shorter[-1]  # what may begin another occurrence
         return None

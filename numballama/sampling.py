@@ -91,8 +91,8 @@ class SamplingParams:
     max_tokens: int | None = 256
     """Tokens to generate at most. None: until the context is full. A chat's default is 1024."""
     min_tokens: int = 0
-    """Tokens to generate before an end-of-sequence token or one of `stop_token_ids` may be chosen. The end of a grammar
-    ends the text in any case."""
+    """Tokens to generate before an end-of-sequence token or one of `stop_token_ids` may be chosen, and before a stop
+    string ends the text. The end of a grammar ends the text in any case."""
     temperature: float = 0.8
     """The logits are divided by it: below 1 likely tokens gain, above 1 unlikely ones. 0: always the likeliest."""
     top_k: int = 40

@@ -117,7 +117,7 @@ class TextModel(ABC):
         """Submit token ids. `new_text` is `strip_leading_space` of `TextEngine.submit`, `shown` its `shown_tokens`."""
         tokenizer = self.require_tokenizer()
         strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
-        streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
+        streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n, settings.min_tokens)
         ends = frozenset() if settings.ignore_eos else self._checkpoint.end_ids
         return self._submit_tokens(ids, settings, ends.union(settings.stop_token_ids), streams, how)
 

@@ -93,6 +93,7 @@ class ChatAnswers:
                 if found := [self._read(piece) for piece in pieces if piece.index in self._open]:
                     yield found
                 if self.ended and not self.generation.all_ended:  # else it ends by itself
+                    self.generation.complete()
                     break
         except ApiError:
             raise
@@ -112,6 +113,7 @@ class ChatAnswers:
         events = self._feed(parser, piece, content) if each_token else parser.feed(piece.text)
         if reason is None and len(events) == 1 and isinstance(events[0], Content) and not self._only_calls:
             return ChatPiece(choice, events, piece.tokens, piece.logprobs, content)  # nearly always
+        is_cut = parser.in_arguments  # then the call is none to make
         if reason is not None:
             rest = parser.finish()
             events += rest
@@ -123,10 +125,10 @@ class ChatAnswers:
         keep = 1 - self._calls[choice]
         self._calls[choice] += len(starts)
         if self._one_call and len(starts) > keep:
-            events, reason, stop_reason = events[: starts[keep]], "stop", None
+            events, reason, stop_reason, is_cut = events[: starts[keep]], "stop", None, False
         if reason is not None:
             self._open.discard(choice)
-        if reason == "stop" and self._calls[choice]:
+        if reason == "stop" and self._calls[choice] and not is_cut:
             reason = "tool_calls"
         if self._custom:
             events = list(self._custom[choice].convert(events, reason is not None))

@@ -14,7 +14,7 @@ from .call import Call, Chunks
 from .errors import ApiError, refused
 from .generation import Generation, whole_texts
 from .http import JsonResponse, dumps, stream_of
-from .logprobs import completion_logprobs
+from .logprobs import TextOffsets, completion_logprobs
 from .params import sampling_params, token_limit
 from .protocol import CompletionRequest
 
@@ -51,7 +51,8 @@ async def answer(call: Call, request: CompletionRequest) -> Response:
             before = "" if echo is None else echo.texts[index // n]
             logprobs = None
             if request.logprobs is not None:
-                logprobs = _logprobs(call, text.tokens, text.logprobs, len(before), echo, index // n)
+                offsets = TextOffsets(service.tokenizer, len(before))
+                logprobs = _logprobs(call, text.tokens, text.logprobs, offsets, echo, index // n)
             choices.append(_choice(index, before + text.text, logprobs, text.finish_reason, text.stop_reason))
     finally:
         if not request.stream:
@@ -98,8 +99,7 @@ async def _echo(call: Call, request: CompletionRequest, prompts: list[list[int]]
             if size > service.settings.max_logits:
                 most = service.settings.max_logits // (4 * model.config.vocab_size)
                 raise ApiError(f"log probabilities of a prompt of {len(ids):,} tokens: at most {most:,}", param="echo")
-            async with service.logits_lock:  # they are large
-                echo.logprobs[index] = await service.run(model.prompt_logprobs, ids, request.logprobs)
+            echo.logprobs[index] = await service.run_alone(model.prompt_logprobs, ids, request.logprobs)
     except Error as error:
         raise refused(error, "prompt") from None
     return echo
@@ -112,18 +112,19 @@ def _events(
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage)
     chunks = Chunks(call, KIND, name, with_usage)
-    lengths = [0] * generation.choices
+    offsets: list[TextOffsets] = []
     first = b""
-    if echo is not None:
-        for index in range(generation.choices):
-            text, lengths[index] = echo.texts[index // n], len(echo.texts[index // n])
+    for index in range(generation.choices):
+        text = "" if echo is None else echo.texts[index // n]
+        offsets.append(TextOffsets(call.service.tokenizer, len(text)))
+        if echo is not None:
             logprobs = None
             if request.logprobs is not None:
-                logprobs = _logprobs(call, [], [], 0, echo, index // n)
+                logprobs = _logprobs(call, [], [], offsets[index], echo, index // n)
             first += chunks.write(dumps(_choice(index, text, logprobs)))
 
     def write(pieces: list[TextPart]) -> bytes:
-        choices = [_streamed(call, request, piece, lengths) for piece in pieces]
+        choices = [_streamed(call, request, piece, offsets[piece.index]) for piece in pieces]
         return b"".join(chunks.write(dumps(choice)) for choice in choices if choice is not None)
 
     def last() -> bytes:
@@ -132,14 +133,13 @@ def _events(
     return stream_of(first, generation.pieces(), write, lambda: generation.all_ended, last)
 
 
-def _streamed(call: Call, request: CompletionRequest, piece: TextPart, lengths: list[int]) -> dict[str, Any] | None:
+def _streamed(call: Call, request: CompletionRequest, piece: TextPart, offsets: TextOffsets) -> dict[str, Any] | None:
     """The choice of a chunk; None if there is nothing to say."""
     logprobs = None
     if request.logprobs is not None:
-        logprobs = _logprobs(call, piece.tokens, piece.logprobs, lengths[piece.index])
+        logprobs = _logprobs(call, piece.tokens, piece.logprobs, offsets)
     elif not piece.text and piece.finish_reason is None:
         return None
-    lengths[piece.index] += len(piece.text)
     return _choice(piece.index, piece.text, logprobs, piece.finish_reason, piece.stop_reason)
 
 
@@ -163,14 +163,15 @@ def _logprobs(
     call: Call,
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprobs | None],
-    offset: int,
+    offsets: TextOffsets,
     echo: Echo | None = None,
     prompt: int = 0,
 ) -> dict[str, Any]:
-    """Log probabilities of tokens that begin at `offset` of a choice's text, after those of the echoed prompt."""
+    """Log probabilities of tokens of a choice's text, after those of the echoed prompt."""
     tokenizer = call.service.tokenizer
-    found = completion_logprobs(tokenizer, tokens, logprobs, offset)
+    found = completion_logprobs(tokenizer, tokens, logprobs, offsets)
     if echo is None:
         return found
-    before = completion_logprobs(tokenizer, echo.ids[prompt], echo.logprobs[prompt], begins=True)
+    begin = TextOffsets(tokenizer, begins=True)
+    before = completion_logprobs(tokenizer, echo.ids[prompt], echo.logprobs[prompt], begin)
     return {name: before[name] + found[name] for name in found}

@@ -75,13 +75,14 @@ _BRANCH = re.compile(r"(constrained-)?(str|int|float|bool|none|model-fields)|[A-
 def invalid_request(error: ValidationError) -> ApiError:
     """A 400 that names the first wrong field.
 
-    Where a value may have several types, pydantic reports an error for each: the one that came furthest is meant.
+    Where a value may have several types, pydantic reports an error for each: the one that came furthest is meant. That
+    is a list that is too long, since it was right up to there.
     """
     details = error.errors(include_url=False, include_context=False, include_input=False)
     first_field = details[0]["loc"][:1]
     of_field = [each for each in details if each["loc"][:1] == first_field]
     places = [_place(each["loc"]) for each in of_field]
-    deepest = max(range(len(places)), key=lambda n: (len(places[n]), -n))
+    deepest = max(range(len(places)), key=lambda n: (of_field[n]["type"] == "too_long", len(places[n]), -n))
     place, found = ".".join(places[deepest]), of_field[deepest]
     same = [each["msg"] for each, where in zip(of_field, places, strict=True) if where == places[deepest]]
     message = " or ".join(dict.fromkeys(same)) if found["type"].endswith("_type") else found["msg"]
@@ -96,7 +97,7 @@ def _place(location: tuple[int | str, ...]) -> list[str]:
     return [str(step) for step in location if isinstance(step, int) or not _BRANCH.fullmatch(step)]
 
 
-_FIELD = re.compile(r"^((?:json_schema|regex|grammar)\b|[a-z_]+(?= (?:must|is not supported)|:))")
+_FIELD = re.compile(r"^((?:json_schema|regex|grammar)\b|[a-z_]+(?= (?:must|cannot|is not supported)|:))")
 
 
 def refused(error: Exception, param: str | None = None, fields: Mapping[str, str] | None = None) -> ApiError:

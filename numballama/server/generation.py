@@ -28,6 +28,7 @@ class _Choice:
     """When its first token came, on the clock of `time.monotonic`."""
     latest: float = 0.0
     """When its latest token came."""
+    ended: bool = False
 
 
 class Generation:
@@ -93,10 +94,11 @@ class Generation:
         self._fields = fields or {}
         engine = service.engine
         context, longest = service.model.context, max(self._lengths)
+        capacity = min(context, service.model.kv_tokens)
+        if longest > capacity:  # before the queue, which may be full: waiting does not help
+            raise refused(too_long(longest, context, capacity), param)
         most = max(service.admission.token_limit, MAX_N * context)
         if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
-            if longest > context:  # clients shorten their chat when they read this code
-                raise refused(too_long(longest, context, context), param)
             message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
             raise ApiError(message, param=param, code="invalid_value")
         self._ticket = service.enter(len(self._choices), self.prompt_tokens)
@@ -249,11 +251,24 @@ class Generation:
         choice.tokens += count
         choice.latest = now
         if piece.finish_reason is not None:
-            self._finished += 1
-            metrics.success[piece.finish_reason].inc()
-            metrics.generated_tokens.observe(choice.tokens)
-            metrics.end_to_end.observe(now - self._arrived)
-            metrics.decode.observe(now - choice.first)
+            self._end_text(choice, piece.finish_reason, now)
+
+    def _end_text(self, choice: _Choice, reason: FinishReason, now: float) -> None:
+        """A text has ended."""
+        metrics, choice.ended = self._service.metrics, True
+        self._finished += 1
+        metrics.success[reason].inc()
+        metrics.generated_tokens.observe(choice.tokens)
+        metrics.end_to_end.observe(now - self._arrived)
+        metrics.decode.observe(now - choice.first)
+
+    def complete(self) -> None:
+        """The reader wants no more: texts that go on end here, as by a stop string."""
+        now = time.monotonic()
+        for choice in self._choices:
+            if not choice.ended:
+                self._end_text(choice, "stop", now)
+        self.cancel()
 
     def usage(self) -> dict[str, int | dict[str, int]]:
         """Tokens, in OpenAI's shape. The token that ends a text is counted, as in vLLM."""

@@ -61,7 +61,10 @@ class Guard:
         try:
             self._check(scope, path)
         except ApiError as error:
-            await error_response(error)(scope, receive, watched)
+            answer = error_response(error)
+            if self._service.draining:  # a kept connection would hold up the end, and the client's next request
+                answer.raw_headers.append((b"connection", b"close"))
+            await answer(scope, receive, watched)
         else:
             post = self._posts.get(path) if scope["method"] == "POST" and not scope.get("root_path") else None
             await (post or self._app)(scope, receive, watched)

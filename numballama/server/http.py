@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -37,9 +37,38 @@ STREAM_HEADERS = (
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
+_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""Where clients may end a line that do not end one of an event: how JSON writes them. It also has names for others."""
+
+
 def dumps(value: object) -> bytes:
-    """The value as JSON in UTF-8. A lone surrogate, which a request may contain, becomes a question mark."""
-    return _encode(value).encode("utf-8", "replace")
+    """The value as JSON in UTF-8, in a line. A lone surrogate, which a request may contain, becomes a question mark."""
+    text = _encode(value)
+    if not text.isascii():
+        for end, name in _LINE_ENDS.items():
+            text = text.replace(end, name)
+    return text.encode("utf-8", "replace")
+
+
+SLICE = 4096
+"""Items of a list that are written at a time."""
+
+
+def json_parts(value: Mapping[str, object]) -> Iterator[bytes]:
+    """What `dumps` gives, in parts: long lists a few items at a time. In between other threads can run."""
+    before = b"{"
+    for name, each in value.items():
+        yield before + dumps(name) + b":"
+        before = b","
+        if isinstance(each, list):
+            slices = (dumps(each[start : start + SLICE])[1:-1] for start in range(0, len(each), SLICE))
+            yield b"["
+            for index, data in enumerate(slices):
+                yield b"," + data if index else data
+            yield b"]"
+        else:
+            yield dumps(each)
+    yield b"}" if value else b"{}"
 
 
 def number(value: float) -> float | None:

@@ -46,23 +46,37 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
+class TextOffsets:
+    """Where each token of a text begins in it. The tokens may come in parts: those of a character may be in two.
+
+    `start`: characters before the first. `begins`: they begin a text, so the space does not count that the tokenizer's
+    encoder prepends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, begins: bool = False) -> None:
+        self._end, self._size = start, tokenizer.vocab_size
+        self._decoder = tokenizer.decoder(strip_leading_space=begins)
+
+    def of(self, tokens: Sequence[int]) -> list[int]:
+        """Those of the next tokens."""
+        found = []
+        for token in tokens:
+            found.append(self._end)
+            self._end += len(self._decoder.push(token)) if token < self._size else 0
+        return found
+
+
 def completion_logprobs(
     tokenizer: Tokenizer,
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprobs | None],
-    offset: int = 0,
-    begins: bool = False,
+    offsets: TextOffsets | None = None,
 ) -> dict[str, Any]:
-    """`logprobs` of a completion's choice. `offset`: characters of the choice's text before these tokens. `begins`:
-    they begin a text, so the space does not count that the tokenizer's encoder prepends.
+    """`logprobs` of a completion's choice. `offsets`: of its text, if these tokens do not begin it.
 
     A first token of a prompt has no log probability: null.
     """
     texts = [token_text(tokenizer, token) for token in tokens]
-    offsets, decoder = [], tokenizer.decoder(strip_leading_space=begins)
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(decoder.push(token)) if token < tokenizer.vocab_size else 0
     top: list[dict[str, float | None] | None] = []
     for token, found in zip(tokens, logprobs, strict=True):
         if found is None:
@@ -74,7 +88,7 @@ def completion_logprobs(
         named.setdefault(token_text(tokenizer, token), number(found.logprob))
         top.append(named)
     return {
-        "text_offset": offsets,
+        "text_offset": (offsets or TextOffsets(tokenizer)).of(tokens),
         "token_logprobs": [None if found is None else number(found.logprob) for found in logprobs],
         "tokens": texts,
         "top_logprobs": top,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from itertools import groupby
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -136,8 +137,8 @@ def chat_request(request: CountRequest) -> ChatRequest:
     messages: list[Message] = []
     if request.system:
         messages.append(Message(role="system", content=_joined(request.system)))
-    for index, turn in enumerate(request.messages):
-        _add(messages, turn, f"messages.{index}.content")
+    for _, turns in groupby(enumerate(request.messages), lambda each: each[1].role):
+        _add(messages, turns)
         check_count(messages, "messages")
     goes_on = messages[-1].role == "assistant" and not messages[-1].tool_calls  # the answer continues it
     config = request.output_config
@@ -180,35 +181,39 @@ def _joined(content: str | list[ResultPart] | None) -> str:
     return "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
 
 
-def _add(messages: list[Message], turn: Turn, place: str) -> None:
-    """Add a turn to the conversation. Results of calls are messages of their own, before the turn's text."""
-    if isinstance(turn.content, str):
-        messages.append(Message(role=turn.role, content=turn.content))
-        return
+def _add(messages: list[Message], turns: Iterable[tuple[int, Turn]]) -> None:
+    """Add turns of the same role, with their numbers, to the conversation: together they are one, as in Anthropic's
+    interface. Results of calls are messages of their own, before the text.
+    """
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall | CustomCall] = []
     results: list[Message] = []
-    for index, block in enumerate(turn.content):
-        if block.type == "text":
-            texts.append(_required(block.text, f"{place}.{index}.text"))
-        elif block.type == "thinking":
-            reasoning.append(block.thinking or "")
-        elif block.type == "tool_use":
-            name = _required(block.name, f"{place}.{index}.name")
-            if len(calls) == MAX_TOOLS:
-                raise ApiError(
-                    f"{place}: at most {MAX_TOOLS} tool_use blocks are possible", param=place, code="invalid_value"
-                )
-            arguments = json.dumps(block.input or {}, ensure_ascii=False)
-            calls.append(ToolCall(id=block.id or "", function=FunctionCall(name=name, arguments=arguments)))
-        elif block.type == "tool_result":
-            results.append(Message(role="tool", content=_joined(block.content), tool_call_id=block.tool_use_id))
+    for number, turn in turns:
+        role, place = turn.role, f"messages.{number}.content"
+        if isinstance(turn.content, str):
+            texts.append(turn.content)
+            continue
+        for index, block in enumerate(turn.content):
+            if block.type == "text":
+                texts.append(_required(block.text, f"{place}.{index}.text"))
+            elif block.type == "thinking":
+                reasoning.append(block.thinking or "")
+            elif block.type == "tool_use":
+                name = _required(block.name, f"{place}.{index}.name")
+                if len(calls) == MAX_TOOLS:
+                    message = f"{place}: at most {MAX_TOOLS} tool_use blocks are possible"
+                    raise ApiError(message, param=place, code="invalid_value")
+                arguments = json.dumps(block.input or {}, ensure_ascii=False)
+                calls.append(ToolCall(id=block.id or "", function=FunctionCall(name=name, arguments=arguments)))
+            elif block.type == "tool_result":
+                results.append(Message(role="tool", content=_joined(block.content), tool_call_id=block.tool_use_id))
+        check_count(results, "messages")
     messages += results
     if texts or calls or not results:
         messages.append(
             Message(
-                role=turn.role,
+                role=role,
                 content="\n".join(texts),
                 reasoning_content="".join(reasoning) or None,
                 tool_calls=calls or None,

@@ -33,6 +33,7 @@ from .run import (
     CANCELLED_WITHIN_S,
     LOADED_WITHIN_S,
     Address,
+    allow_files,
     check_tls,
     curl_line,
     listen,
@@ -331,6 +332,7 @@ def serve_by_processes(
     if not can_start_python():
         raise Error(f"processes for HTTP need Python, and {sys.executable} is not Python")
     prepare_log(log_json)
+    allow_files()
     settings = protected(settings, address)
     check_tls(address)
     listener = listen(address)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import gc
 import ipaddress
 import json
@@ -42,6 +44,10 @@ CANCELLED_WITHIN_S = 2
 """Seconds that uvicorn gives requests which are still running after the time to drain."""
 MAX_HEAD = 1 << 16
 """Bytes of a request's head."""
+MOST_FILES = 65_536
+"""Open files that the process allows itself, if the system does. Each connection is one; usual are 1,024."""
+QUIET_S = 10.0
+"""Seconds between two lines in the log that say that no connection can be accepted."""
 GC_THRESHOLD = 20_000
 """Objects that may be made between two collections."""
 LOADED_WITHIN_S = 5
@@ -79,6 +85,22 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._deadline: float | None = None
+        self._quiet_until = 0.0
+        """On the clock of `time.monotonic`: until then the log does not say again that no connection is accepted."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's."""
+        asyncio.get_running_loop().set_exception_handler(self._failed_in_loop)
+        await super().startup(sockets)
+
+    def _failed_in_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio's. Without a file for a connection it tries thousands of times a second: that is one line."""
+        error, now = context.get("exception"), time.monotonic()
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif now >= self._quiet_until:
+            self._quiet_until = now + QUIET_S
+            log.error("no connection can be accepted, which is tried again: %s", error.strerror)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived. The first begins to drain, the second ends at once."""
@@ -115,8 +137,9 @@ def connection_class(head_s: float) -> type[Protocol]:
 
     class Either(quick):  # type: ignore[misc, valid-type]
         def data_received(self, data: bytes) -> None:
-            # httptools drops the body of a request that asks for HTTP/2, as Java's client does with each
-            if self._waits and not self._inside and b"\r\nupgrade:" in data.lower():
+            # httptools drops the body of a request that asks for HTTP/2, as Java's client does with each, and sends
+            # chunks to clients of HTTP/1.0
+            if self._waits and not self._inside and (b"\r\nupgrade:" in data.lower() or b" HTTP/1.0\r\n" in data):
                 self._unset_timer()
                 self._unset_keepalive_if_required()
                 self.connections.discard(self)
@@ -236,6 +259,7 @@ def serve(
     Raises `Error` for an address that cannot be used, and what `load` raises.
     """
     prepare_log(log_json)
+    allow_files()
     settings = protected(settings, address)
     check_tls(address)
     listener = listen(address)
@@ -267,6 +291,17 @@ def serve(
         os._exit(0)
     if loader.error is not None:
         raise loader.error
+
+
+def allow_files() -> None:
+    """Let this process, and those that it starts, have as many files as the system allows, up to `MOST_FILES`."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ class Service:
         """HTTP requests that are being answered, except those for /health and /metrics."""
         self.running: set[Endable] = set()
         """Generations that have not ended."""
-        self.logits_lock = asyncio.Lock()
+        self._logits_lock = asyncio.Lock()
         """One request at a time has the logits of its whole prompt in memory."""
         self._waits_for = LOADING
         """Why there is no model."""
@@ -335,8 +335,23 @@ class Service:
             return timed(time.perf_counter)
         return await self.run(timed, time.thread_time)  # a slow clock
 
-    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    async def run_alone(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """As `run`, for the logits of a whole prompt: when the one before has ended, also if its client has left."""
+        loop, lock = asyncio.get_running_loop(), self._logits_lock
+        await lock.acquire()
+
+        def ended(job: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lock.release)
+
+        return await self._in_thread(self._pool, partial(work, *arguments, **options), ended)
+
+    async def _in_thread(
+        self, pool: ThreadPoolExecutor, work: Callable[[], T], ended: Callable[[Future[T]], None] | None = None
+    ) -> T:
         job = pool.submit(work)
+        if ended is not None:
+            job.add_done_callback(ended)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)  # also if nobody waits any more
         return await asyncio.wrap_future(job)

@@ -10,7 +10,7 @@ from ..errors import Error
 from .call import Call
 from .chat_core import apply_template
 from .errors import ApiError, refused
-from .http import JsonResponse
+from .http import JsonResponse, json_parts
 from .logprobs import token_bytes, token_text
 from .protocol import DetokenizeRequest, TemplateRequest, TokenizeRequest
 
@@ -21,10 +21,11 @@ async def tokenize(call: Call, request: TokenizeRequest) -> Response:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise ApiError(f"one of content, prompt and messages is needed, found {found}", param="content")
-    return JsonResponse(await call.run(_tokenize, call, request))
+    return Response(await call.run(_tokenize, call, request), media_type=JsonResponse.media_type)
 
 
-def _tokenize(call: Call, request: TokenizeRequest) -> dict[str, Any]:
+def _tokenize(call: Call, request: TokenizeRequest) -> bytes:
+    """The answer, in JSON: it may be much larger than the request."""
     service, tokenizer = call.service, call.service.tokenizer
     if request.messages is not None:
         ids = apply_template(service, request, request.messages, request.tools)
@@ -42,7 +43,7 @@ def _tokenize(call: Call, request: TokenizeRequest) -> dict[str, Any]:
         answer["token_strs"] = [tokenizer.piece(token) for token in ids]
     if request.with_pieces:
         answer["tokens"] = [{"id": token, "piece": _piece(call, token)} for token in ids]
-    return answer
+    return b"".join(json_parts(answer))
 
 
 def _piece(call: Call, token: int) -> str | list[int]:

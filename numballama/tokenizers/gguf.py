@@ -22,6 +22,8 @@ from .scored import MERGED, NO_TOKEN, ScoredTokenizer
 
 _WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
+LONG = 1 << 16
+"""Characters of a text of which the words are found one at a time."""
 MOST_WORDS, LONGEST_WORD = 1 << 15, 32
 """How many words are kept, and of how many tokens at most: some 6 MB, 15 if a client sends the longest."""
 
@@ -72,7 +74,8 @@ class GgufTokenizer(ScoredTokenizer):
         if not self._words_are_separate:
             return self._without_runs(self._encode_word(text))
         known, ids = self._words, list[int]()
-        for word in _WORD.findall(text):
+        # a list of all words of 8 MB takes a second, in which no other thread runs
+        for word in _WORD.findall(text) if len(text) < LONG else (match[0] for match in _WORD.finditer(text)):
             found = known.get(word)
             if found is None:
                 found = self._encode_word(word)

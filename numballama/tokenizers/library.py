@@ -17,7 +17,7 @@ from ..errors import Error, FormatError, UnsupportedError
 from .base import BYTE_PIECE, SPACE, Strip, Tokenizer, TokenKind, Vocabulary
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, Encoding
     from tokenizers import Tokenizer as Library
 
 
@@ -50,6 +50,18 @@ class Decoding:
 
 
 BYTE_LEVEL = Decoding(byte_level=True)
+
+
+LONG = 4096
+"""Characters of a text that takes milliseconds to encode."""
+
+
+def _encoding(library: Library, text: str) -> Encoding:
+    """The library's encoding of a text. It holds Python's lock for one, and not for a list: 8 MB take it seconds, in
+    which no other thread would run."""
+    if len(text) < LONG:
+        return library.encode(text, add_special_tokens=False)
+    return library.encode_batch([text], add_special_tokens=False)[0]
 
 
 class LibraryTokenizer(Tokenizer):
@@ -101,7 +113,7 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode(self, text: str, trusted: bytes) -> list[int]:
         with library_errors("the tokenizer's own rules fail on this text", quiet=self._may_panic):
-            encoding = self._library.encode(text, add_special_tokens=False)
+            encoding = _encoding(self._library, text)
             ids: list[int] = list(encoding.ids)
             if 0 not in trusted or self._special.isdisjoint(ids):
                 return ids
@@ -146,7 +158,7 @@ class LibraryTokenizer(Tokenizer):
         _, library, controls = self._guarded
         starts = [0, *tokens]
         guarded = guard.join(text[start:end] for start, end in zip(starts, [*tokens, len(text)], strict=True))
-        found = library.encode(guarded, add_special_tokens=False)
+        found = _encoding(library, guarded)
         ids: list[int] = []
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             text = guarded[start:end]

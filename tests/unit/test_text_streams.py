@@ -104,6 +104,43 @@ def test_stop_filter_sees_names_of_control_tokens(parts: list[tuple[str, str]], 
     assert shown + filter_.flush() == visible
 
 
+@given(
+    st.lists(st.text("ab.", max_size=4), max_size=6),
+    st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 4),
+)
+def test_stop_filter_from_a_part_on(parts: list[str], stops: list[str], least: int) -> None:
+    """A stop string ends the text if it ends behind the first parts. It may begin in them."""
+    text, begin, filter_ = "".join(parts), len("".join(parts[:least])), StopStringFilter(stops)
+    places = [
+        (end, end - len(stop)) for end in range(begin + 1, len(text) + 1) for stop in stops if text[:end].endswith(stop)
+    ]
+    shown = ""
+    for number, part in enumerate(parts):
+        shown += filter_.push(part, may_end=number >= least)
+        assert text.startswith(shown)
+    assert (filter_.found is not None) == bool(places)
+    if places:
+        assert any(shown == text[:place] and text.startswith(filter_.found or "", place) for _, place in places)
+    assert places or shown + filter_.flush() == text
+
+
+def test_min_tokens_hold_stop_strings_back(scripted: Any) -> None:
+    """As they hold back tokens that end a text; vLLM #21987."""
+    options: dict[str, Any] = {"max_tokens": 8, "stop": [".", "xy"]}
+    for least, shown, reason in (
+        (1, "a", "."),
+        (2, "a.b", "."),
+        (4, "a.b.", "xy"),
+        (6, "a.b.xy", "."),
+        (7, "a.b.xy.", None),
+    ):
+        pieces = list(scripted(b"a.b.xy.c").stream("x", **options, min_tokens=least))
+        found = next((piece.stop_reason for piece in pieces if piece.finish_reason == "stop"), None)
+        assert joined(pieces).startswith(shown) and found == reason, least
+        assert reason is None or joined(pieces) == shown
+
+
 def test_long_stop_strings_take_no_time() -> None:
     """Constant time a character, also where much of the text is a beginning of the stop string."""
     stops = StopStringFilter(["word " * 5000 + "!", "a" * 20_000 + "b"])

@@ -83,6 +83,11 @@ class CallReader:
         self._name_first = False
 
     @property
+    def in_arguments(self) -> bool:
+        """Whether it is a call whose arguments have not ended."""
+        return self.is_call and self._step == self._read_arguments
+
+    @property
     def text(self) -> str:
         """All that was read, while it may still be content."""
         return "".join(self._raw)

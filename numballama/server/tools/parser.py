@@ -106,6 +106,11 @@ class Parser:
         return self.in_reasoning or (self._may_reason and self._step is Parser._begin)
 
     @property
+    def in_arguments(self) -> bool:
+        """Whether the arguments of a call have begun and not ended."""
+        return self._step is Parser._read_call and self._call is not None and self._call.in_arguments
+
+    @property
     def held(self) -> int:
         """Characters of which nothing was said yet."""
         call = self._call

@@ -126,6 +126,7 @@ def test_draining(model: Model, serve: Serving) -> None:
         server.service.draining = True
         answer = server.post("/v1/completions", LONG_TEXT)
         assert answer.status == 503 and answer.error["code"] == "draining"
+        assert answer.headers["connection"] == "close"  # the next request goes to another server
         assert server.get("/health").status == 503 and server.get("/metrics").status == 200
         data += read_until(connection, b"\r\n0\r\n\r\n")
         assert data.rstrip(b"0\r\n").endswith(b"data: [DONE]")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import ANY
 
 import pytest
 
+from numballama.generate import TextPart
 from numballama.model import Model
-from numballama.server.chat_core import forced_call, offered_tools
+from numballama.server.chat_core import ChatAnswers, forced_call, offered_tools, plain_tools
 from numballama.server.fields import parse
 from numballama.server.http import dumps
 from numballama.server.protocol import ChatRequest
@@ -139,6 +141,48 @@ def test_an_answer_ends_at_its_second_call(server: Running) -> None:
     deltas = [c["delta"]["tool_calls"][0] for e in events for c in e["choices"] if "tool_calls" in c["delta"]]
     assert {delta["index"] for delta in deltas} == {0}
     assert [c["finish_reason"] for e in events for c in e["choices"]][-1] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_ends_at_its_second_call_is_counted_as_complete(either: Running, stream: bool) -> None:
+    def counted() -> list[float]:
+        text = either.get("/metrics").body.decode()
+        names = ("request_success_total", "request_aborted_total", "request_generation_tokens_count")
+        return [sum(map(float, re.findall(rf"^numballama:{name}.* (\S+)$", text, re.MULTILINE))) for name in names]
+
+    before = counted()
+    calls = rf"({CALL.replace('12', '[1-9]{12}')}\n){{20}}"  # whose numbers are chosen, so they do not come at once
+    body = BODY | {"regex": calls, "max_tokens": 400, "n": 2, "stream": stream}
+    assert either.post(PATH, body | {"parallel_tool_calls": False}).status == 200
+    eventually(lambda: either.idle, "the end of the request")
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason", "arguments"),
+    [("12", "stop", '{"x": '), ("}", "stop", '{"x": 12'), (" done", "tool_calls", '{"x": 12}')],
+)
+def test_a_call_that_a_stop_string_cuts_is_none_to_make(
+    server: Running, stop: str, reason: str, arguments: str
+) -> None:
+    """Clients call the function when they read tool_calls or tool_use, and with {} where the arguments are cut."""
+    body = BODY | {"regex": rf"{CALL} done", "stop": [stop]}
+    (choice,) = server.post(PATH, body).json["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == (reason, stop)
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [arguments]
+    last = server.post(PATH, body | {"stream": True}).events[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == (reason, stop)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [('{"x": 1', "stop"), ('{"x": 1}', "tool_calls"), ('{"x": 1}}', "tool_calls")]
+)
+def test_a_call_that_the_model_does_not_end_is_none_to_make(text: str, reason: str) -> None:
+    """But small models forget the last bracket now and then, behind whole arguments."""
+    parsers = choose_format(None, ()).parsers(plain_tools(parse(ChatRequest, dumps(BODY)).tools), 1, False)
+    answers = ChatAnswers(SimpleNamespace(), parsers)  # type: ignore[arg-type]
+    part = TextPart(0, ['{"name": "look", "arguments": ' + text], [5], [None], "stop", 2)
+    assert answers._read(part).finish_reason == reason
 
 
 def test_the_template_sees_tools_calls_and_results(server: Running) -> None:

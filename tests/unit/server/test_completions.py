@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from itertools import chain
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from numballama.model import Model
 from numballama.server.answers import Completion
-from tests.helpers.http_server import Running
+from tests.helpers.http_server import LONG, Running, eventually, read_until
 
 PATH = "/v1/completions"
 OPENING = "Once upon a time"
@@ -149,6 +151,31 @@ def test_logits_of_a_prompt_have_a_limit(model: Model) -> None:
         assert server.post(PATH, body | {"prompt": [1, 2, 3, 4, 5, 6]}).error["param"] == "echo"
 
 
+def test_clients_that_leave_do_not_have_logits_side_by_side(either: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that computes them goes on without its client; the next prompt waits for it."""
+    running, most, go_on = [0], [0], threading.Event()
+
+    def held(ids: list[int], top: int) -> list[None]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        assert go_on.wait(LONG)
+        running[0] -= 1
+        return [None] * len(ids)
+
+    monkeypatch.setattr(either.service.model, "prompt_logprobs", held)
+    connections = [either.begin(PATH, GREEDY | {"echo": True, "logprobs": 0}) for _ in range(3)]
+    eventually(lambda: either.service.active == 3 and running[0], "the first prompt")
+    for connection in connections[:2]:
+        connection.close()
+    eventually(lambda: either.service.active == 1, "the end of two requests")
+    time.sleep(0.1)
+    assert most == [1]
+    go_on.set()
+    assert read_until(connections[2], b"\r\n").startswith(b"HTTP/1.1 200")
+    connections[2].close()
+    assert most == [1]
+
+
 def test_log_probabilities(server: Running, model: Model) -> None:
     choice = completed(server, logprobs=3)["choices"][0]
     responses = list(model.stream(OPENING, 12, temperature=0, logprobs=3))
@@ -162,6 +189,17 @@ def test_log_probabilities(server: Running, model: Model) -> None:
     )
 
 
+@pytest.mark.parametrize("prompt", [OPENING, "The café 🐕"])
+def test_offsets_of_a_stream_are_those_of_the_whole(server: Running, prompt: str) -> None:
+    """Text that a stop string may begin with is held back, and so are bytes of a character: their tokens have come."""
+    body: dict[str, Any] = {"prompt": prompt, "logprobs": 0, "echo": True, "max_tokens": 40, "n": 2}
+    body |= {"temperature": 1.5, "seed": 7, "stop": ["  ", " tqx", " aqx", ",qx"]}
+    for choice in completed(server, **body)["choices"]:
+        parts = [e["choices"][0] for e in streamed(server, **body) if e["choices"][0]["index"] == choice["index"]]
+        offsets = chain(*(each["logprobs"]["text_offset"] for each in parts if each["logprobs"]))
+        assert list(offsets) == choice["logprobs"]["text_offset"]
+
+
 def test_stop(server: Running) -> None:
     choice = completed(server, stop=" little")["choices"][0]
     assert choice["text"] == ", there was a"
@@ -169,6 +207,17 @@ def test_stop(server: Running) -> None:
     token = server.post("/tokenize", {"content": "girl"}).json["tokens"][0]
     choice = completed(server, stop_token_ids=[token])["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_min_tokens_hold_stop_strings_back(either: Running, n: int) -> None:
+    body: dict[str, Any] = {"stop": [","], "n": n, "max_tokens": 60}
+    assert completed(either, **body)["choices"][0]["text"] == ""
+    choices = completed(either, **body, min_tokens=7)["choices"]
+    for choice in choices:
+        assert choice["text"].startswith(", there was a little girl") and choice["text"].count(",") == 1
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ",")
+        assert joined(streamed(either, **body, min_tokens=7), choice["index"]) == choice["text"]
 
 
 def test_settings_have_an_effect(server: Running) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import http.client
 import json
+import logging
 import socket
 import time
 
@@ -91,6 +94,45 @@ def test_a_client_that_asks_for_another_protocol(server: Running) -> None:
             connection.request("POST", "/tokenize", body, {"Content-Type": "application/json", **more})
             answer = connection.getresponse()
             assert answer.status == 200 and json.loads(answer.read())["tokens"]
+
+
+def test_a_stream_for_a_client_of_http_1_0_has_no_chunks(server: Running) -> None:
+    """It does not know them: ApacheBench, and nginx as it is delivered. The end of the connection is the end."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 3, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
+        connection.sendall(head % len(body) + body)
+        answer, _, text = b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"transfer-encoding" not in answer.lower()
+    assert text.startswith(b"data: {") and text.endswith(b"data: [DONE]\n\n") and b"\r" not in text
+
+
+def test_a_lack_of_files_is_a_line_in_the_log(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio tries to accept 2,048 connections in a row, and logs a traceback for each."""
+    accept, tries = socket.socket.accept, 0
+
+    def full(listener: socket.socket) -> tuple[socket.socket, object]:
+        nonlocal tries
+        tries += 1
+        if tries <= 5:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(logging.getLogger("numballama.server"), "propagate", True)
+    monkeypatch.setattr(server.server, "_quiet_until", 0.0)
+    monkeypatch.setattr(socket.socket, "accept", full)
+    assert server.get("/health").status == 200
+    lines = [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
+    assert tries > 5 and lines == ["no connection can be accepted, which is tried again: Too many open files"]
+
+
+def test_other_failures_of_the_event_loop_are_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.new_event_loop()
+    server.server._failed_in_loop(loop, {"message": "something else", "exception": OSError(errno.EBADF, "Bad file")})
+    loop.close()
+    assert [each.getMessage() for each in caplog.records] == ["something else"]
 
 
 @pytest.mark.parametrize("pipelined", [False, True])

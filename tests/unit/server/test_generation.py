@@ -45,6 +45,22 @@ def test_too_many_prompt_tokens(model: Model, serve: Serving) -> None:
         eventually(lambda: server.idle, "the end of all requests")
 
 
+@pytest.mark.parametrize("serve", [serving, serving_linked])
+def test_a_prompt_that_can_never_fit_is_not_told_to_wait(model: Model, serve: Serving) -> None:
+    with serve(model, Settings(queue_sequences=0, queue_tokens=100)) as server, model.exclusive():
+        held = [server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 20})]
+        eventually(lambda: server.service.admission.tokens == 20, "a request that waits")
+        answer = server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 513})
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 512}).status == 429
+        held += [server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 20}) for _ in range(3)]
+        eventually(lambda: server.service.admission.sequences == 4, "a full queue")
+        answer = server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 513})
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        for connection in held:
+            connection.close()
+
+
 # Clients that leave
 
 

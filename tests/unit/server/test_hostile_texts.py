@@ -55,7 +55,7 @@ class Forced(NamedTuple):
 @pytest.fixture(scope="module", params=["text", "control"])
 def forced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forced]:
     """Markers of calls and of reasoning are text, or control tokens of the vocabulary."""
-    path = chat_model(tmp_path_factory.mktemp("model"), controls=request.param == "control")
+    path = chat_model(tmp_path_factory.mktemp("model"), 4096, controls=request.param == "control")  # for the tools
     with numballama.compile(path, device="reference") as model, pytest.MonkeyPatch.context() as patch:
         engine = ForcedEngine(model)
         patch.setattr(Model, "engine", lambda self: engine)

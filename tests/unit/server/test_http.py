@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncGenerator
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from starlette.types import Message
 
-from numballama.server.http import EventStream, LastEvent, dumps, event, number, stream_of
+from numballama.server.http import SLICE, EventStream, LastEvent, dumps, event, json_parts, number, stream_of
 
 
 def test_json() -> None:
@@ -18,6 +21,22 @@ def test_json() -> None:
         dumps(math.nan)
     assert event({"a": 1}, "x") == b'event: x\ndata: {"a":1}\n\n'
     assert [number(value) for value in (1.5, -math.inf, math.nan)] == [1.5, -9999.0, None]
+
+
+@given(st.text())
+@example("a\x85b\u2028c\u2029d\x1e")
+def test_an_event_is_a_line_for_every_client(text: str) -> None:
+    """httpx and Python end lines at more characters than the format does, and clients read events by lines."""
+    lines = event({"a": text}).decode().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0].removeprefix("data: ")) == {"a": text}
+
+
+@pytest.mark.parametrize("count", [0, 1, SLICE, SLICE + 1, 3 * SLICE])
+def test_json_in_parts(count: int) -> None:
+    value: dict[str, object] = {"tokens": list(range(count)), "pieces": [{"é": [n]} for n in range(count)], "n": "ü"}
+    assert b"".join(json_parts(value)) == dumps(value)
+    assert max(map(len, json_parts(value))) < 40 * SLICE
+    assert b"".join(json_parts({})) == b"{}"
 
 
 def test_a_stream_that_fails_ends_with_an_event() -> None:

@@ -105,6 +105,16 @@ def test_a_call_that_was_cut_is_no_text(server: Running, tokens: int) -> None:
     assert starts == ["tool_use"] * len(answer["content"])
 
 
+def test_a_call_that_a_stop_sequence_cuts_is_none_to_make(server: Running) -> None:
+    form = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    body = GREEDY | {"max_tokens": 80, "tools": [{"name": "look", "input_schema": form}], "stop_sequences": ['"x"']}
+    body["tool_choice"] = {"type": "any"}
+    answer = server.post(PATH, body).json
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", '"x"')
+    ends = [event["delta"] for event in server.post(PATH, body | {"stream": True}).events if "usage" in event]
+    assert ends == [{"stop_reason": "stop_sequence", "stop_sequence": '"x"'}]
+
+
 def test_the_context_ends_an_answer(server: Running, model: Model) -> None:
     """The prompt leaves room for a few tokens, too few to end the story."""
     words = {"role": "user", "content": "the dog " * 238}
@@ -128,6 +138,30 @@ def test_blocks_become_messages() -> None:
         {"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": [call]},
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     ]
+
+
+def test_turns_of_one_role_in_a_row_are_one(server: Running) -> None:
+    """So Anthropic's reference says. Many chat templates refuse them otherwise."""
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "2"}
+    turns = [
+        {"role": "user", "content": "u"},
+        {"role": "user", "content": [{"type": "text", "text": "v"}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, use]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [result]},
+        {"role": "user", "content": "w"},
+    ]
+    found = [template_message(message) for message in converted(messages=turns).messages]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    assert found == [
+        {"role": "user", "content": "u\nv"},
+        {"role": "assistant", "content": "a\nb", "reasoning_content": "t", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "user", "content": "w"},
+    ]
+    assert server.post(PATH, GREEDY | {"messages": turns[:2]}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -185,7 +219,11 @@ CALLS = [{"type": "tool_use", "id": str(number), "name": "f", "input": {}} for n
     [
         ({"messages": [TURN, {"role": "assistant", "content": CALLS}]}, "messages.1.content"),
         ({"messages": [{"role": "user", "content": 900 * [{"type": "tool_result", "content": "1"}]}] * 3}, "messages"),
-        ({"messages": [TURN] * MAX_MESSAGES, "system": "Be brief."}, "messages"),
+        (
+            {"messages": [TURN, {"role": "assistant", "content": "No."}] * (MAX_MESSAGES // 2), "system": "s"},
+            "messages",
+        ),
+        ({"messages": [{"role": "assistant", "content": CALLS[:100]}] * 2}, "messages.1.content"),
         (
             {"tools": [{"name": "f", "description": "d" * (MAX_SCHEMA + 1), "input_schema": {}}]},
             "tools.0.description",

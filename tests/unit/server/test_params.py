@@ -75,6 +75,9 @@ def test_errors_name_the_field_of_the_request() -> None:
         sampling_params(request, 5, None, "max_completion_tokens")
     assert found.value.param == "min_tokens"
     with pytest.raises(ApiError) as found:
+        made(regex="a", ignore_eos=True)
+    assert found.value.param == "ignore_eos"
+    with pytest.raises(ApiError) as found:
         made(regex="a", structured_outputs={"regex": "b"})
     assert found.value.param == "structured_outputs"
     request = parse(CompletionRequest, dumps({"prompt": "a", "regex": "a"}))

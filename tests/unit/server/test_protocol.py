@@ -77,6 +77,13 @@ def test_long_lists_of_wrong_items_give_one_error() -> None:
     assert error.param == "prompt.0.0" and len(error.message) < 200
 
 
+@pytest.mark.parametrize("prompts", [["a"] * 257, [[1]] * 257])
+def test_a_list_that_is_too_long_is_named_so(prompts: list[object]) -> None:
+    """Other types that a prompt may have go deeper into the list, and fail at its first item."""
+    error = error_of(CompletionRequest, prompt=prompts)
+    assert error.param == "prompt" and "at most 256 items" in error.message and "integer" not in error.message
+
+
 def test_the_message_of_an_error_is_short() -> None:
     assert len(error_of(CompletionRequest, prompt="a", **{"x" * 100_000: 1}, n="x" * 100_000).message) < 1100
 

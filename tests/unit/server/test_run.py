@@ -113,6 +113,18 @@ def _received(connection: ssl.SSLSocket) -> bytes:
         return b""
 
 
+@pytest.mark.parametrize(("soft", "hard", "found"), [(200, 300, 300), (300, 300, 300), (200, 10**6, 65_536)])
+def test_a_server_takes_the_files_that_it_may_have(soft: int, hard: int, found: int) -> None:
+    resource = pytest.importorskip("resource")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most not in (resource.RLIM_INFINITY, hard) and most < hard:
+        pytest.skip(f"a process may have {most} files here")
+    code = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+    code += "from numballama.server.run import allow_files\nallow_files(); print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [str(found), str(hard)]
+
+
 def test_a_port_in_use_is_an_error() -> None:
     with closing(listen(Address(port=0))) as listener:
         port = listener.getsockname()[1]

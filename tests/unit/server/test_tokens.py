@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from numballama.model import Model
+from numballama.server import tokens
+from numballama.server.http import SLICE, json_parts
 from tests.helpers.http_server import Running
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -26,6 +30,20 @@ def test_tokenize(server: Running, model: Model) -> None:
     assert data.decode() == " Hi, Tom 🐕"
     found = server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True}).json
     assert found["token_strs"][0] == "<s>" and len(found["token_strs"]) == found["count"]
+
+
+def test_a_large_answer_is_not_written_on_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of the tokens of 8 MB took seconds, in which no stream went on."""
+    threads: list[str] = []
+
+    def parts(value: dict[str, object]) -> Iterable[bytes]:
+        threads.append(threading.current_thread().name)
+        return json_parts(value)
+
+    monkeypatch.setattr(tokens, "json_parts", parts)
+    found = server.post("/tokenize", {"content": "a b" * 10_000, "with_pieces": True}).json
+    assert len(found["tokens"]) == found["count"] > SLICE
+    assert [name.startswith("numballama server") for name in threads] == [True]
 
 
 def test_tokenize_messages(server: Running, model: Model) -> None:

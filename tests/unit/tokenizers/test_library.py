@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from numballama.errors import Error, FormatError
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
 from tests.golden.make_tokenizer_classes import TOKENIZERS, tokenizer_json
+from tests.helpers.bpe import save_json, trained
 from tests.helpers.extent import EVERYTHING
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -206,3 +209,26 @@ def test_what_others_print_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) 
     with pytest.raises(Error, match="message: reason"):
         fails()
     assert capfd.readouterr().err == "a warning\n"
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """Those of a server, which send what has been generated for others."""
+    ours, text = load_tokenizer(save_json(tmp_path, trained())), " word" * 100_000
+    pauses, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        latest = time.perf_counter()
+        while not done.wait(0.002):
+            now = time.perf_counter()
+            pauses.append(now - latest)
+            latest = now
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    started = time.perf_counter()
+    ids = ours.encode(text)
+    seconds = time.perf_counter() - started
+    done.set()
+    watching.join()
+    assert max(pauses) < seconds / 2
+    assert ids == 125 * ours.encode(" word" * 800)  # which is short
