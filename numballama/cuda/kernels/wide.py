@@ -169,28 +169,23 @@ def old_rows(place, count, added):
 
 
 @device
-def add_part(sums, here, at, factors_at):
-    """`sums`, plus a slice's part of them times its factors if it is `here`."""
-    upper, lower = sums
+def add_part(sums, at, factors_at):
+    """`sums`, plus a slice's part of them times its factors."""
     first, second = ld_shared_v2_u32(factors_at)
     scale, scale2 = uint_as_float(first), uint_as_float(second)
     a, b = ld_shared_v4_f32(at), ld_shared_v4_f32(s32(at + (UNIT_BYTES >> 1)))
-    if here:
-        upper, lower = add4(upper, times(a, scale, scale2)), add4(lower, times(b, scale, scale2))
-    return upper, lower
+    return add4(sums[0], times(a, scale, scale2)), add4(sums[1], times(b, scale, scale2))
 
 
 @device
 def sum_part(at, factors_at, width, slices, olds, paired):
     """Add up a unit's sums of all slices, and finish the results."""
     zero, one = np.float32(0), np.float32(1)
-    sums, last, s = ((zero, zero, zero, zero), (zero, zero, zero, zero)), s32(slices - 1), s32(0)
-    while s <= last:
+    sums, s = ((zero, zero, zero, zero), (zero, zero, zero, zero)), s32(0)
+    while s < slices:
         no_unroll()
-        second = s32(min(s32(s + 1), last))
-        sums = add_part(sums, True, s32(at + s * UNIT_BYTES), s32(factors_at + 4 * s * width))
-        sums = add_part(sums, s < last, s32(at + second * UNIT_BYTES), s32(factors_at + 4 * second * width))
-        s = s32(s + 2)
+        sums = add_part(sums, at, factors_at)
+        s, at, factors_at = s32(s + 1), s32(at + UNIT_BYTES), s32(factors_at + 4 * width)
     return results_of(paired, (one, one), sums[0], sums[1], olds)
 
 
@@ -242,7 +237,6 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
     group, lower = (warp & 3, warp >> 2) if paired else (warp >> 1, warp & 1)
     to = sums_at + rank * UNIT_BYTES + lower * (UNIT_BYTES >> 1) + 16 * lane
     tile, slot, parity, before, phase = cuda.blockIdx.x, 0, 0, 0, 0
-    inverse = div_u32(65535, slices) + 1
     barrier_cluster_wait()
     griddepcontrol_wait()
     if not helped:
@@ -252,10 +246,11 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
     count, my_sums, my_factors = s32(tokens), s32(sums_at + 16 * lane), s32(factors_at - 4 * first_token)
     while tile < tiles:
         no_unroll()
-        mine, following = s32(warp), tile + cuda.gridDim.x
-        part = s32(mine * slices + rank)
-        place = place_of_part(part, tile, first_token, paired, sections, heights, residual, outs)
-        olds = old_rows(place, count, added and helped)  # on their way while the tile is multiplied
+        if helped:
+            place = place_of_part(
+                s32(warp * slices + rank), tile, first_token, paired, sections, heights, residual, outs
+            )
+            olds = old_rows(place, count, added)  # on their way while the tile is multiplied
         sums, k = zeros, 0
         while k < steps:
             no_unroll()
@@ -277,10 +272,12 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
         else:
             if cuda.threadIdx.x == 0:
                 mbarrier_expect_tx(received, owned * slices * UNIT_BYTES)
-            st_async_units(sums, to, received, group, slices, inverse)
+            st_async_units(sums, to, received, group, slices, div_u32(65535, slices) + 1)
         if helped and tile == cuda.blockIdx.x:
             barrier_sync(2, CONSUMERS + HELPERS)  # the factors are there
+        mine, part = s32(warp), s32(warp * slices + rank)
         if not helped:  # registers are few beside a decoder
+            place = place_of_part(part, tile, first_token, paired, sections, heights, residual, outs)
             olds = old_rows(place, count, added)
         if slices > 1:
             mbarrier_wait(received, phase)
@@ -296,12 +293,12 @@ def multiply(zeros, ring, exchange, x, steps, rank, slices, tiles, first_token, 
             if mine < owned:
                 place = next_part(place, CONSUMERS // 16 * slices)
                 olds = old_rows(place, count, added)
-        if following < tiles:  # after the last tile nobody arrives here: a block may end before others
+        if tile + cuda.gridDim.x < tiles:  # after the last tile nobody arrives here: a block may end before others
             barrier_sync(1, CONSUMERS)
             if cuda.threadIdx.x < slices:
                 mbarrier_arrive_at(may_send, cuda.threadIdx.x)
         phase ^= 1
-        tile = following
+        tile += cuda.gridDim.x
 
 
 @device

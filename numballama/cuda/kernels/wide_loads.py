@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from numba import cuda
 
+from ..arithmetic import s32
 from ..barriers import mbarrier_wait
 from ..clusters import barrier_cluster_wait
 from ..intrinsics import griddepcontrol_wait, no_unroll
@@ -68,8 +69,8 @@ def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides,
     """What two warpgroups do that load quantised weights, as `wgmma_loads.load_blocks`: steps `first` to `end` of each
     tile.
     """
-    tile, at, place, mine = cuda.blockIdx.x, (0, 0), place_of(16), 2 * first + (cuda.threadIdx.x & 3)
-    started = False
+    tile, at, place, mine = s32(cuda.blockIdx.x), (0, 0), place_of(16), 2 * first + (cuda.threadIdx.x & 3)
+    started, tiles = False, s32(tiles)
     if cuda.threadIdx.x == CONSUMERS:
         fence_tensormap(x_map)
         prefetch_tensormap(x_map)
@@ -94,4 +95,4 @@ def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides,
                 raw2, raw3 = load_block(loads[0], block + 4), load_block(loads[1], block + 4)
             k += 4
             block += 8
-        tile += cuda.gridDim.x
+        tile = s32(tile + cuda.gridDim.x)
