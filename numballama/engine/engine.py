@@ -15,7 +15,17 @@ from .constraints import Advance, ConstraintWorker, mask_wait_s
 from .driver import ENGINE_CLOSED, Driver
 from .interrupts import is_interrupt
 from .pages import BlockManager
-from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
+from .request import (
+    FinishReason,
+    R,
+    Request,
+    RequestState,
+    Response,
+    TokenEvent,
+    TokenLogprobs,
+    check_how,
+    check_prompt,
+)
 from .runner import Runner
 from .scheduler import Run, Scheduler
 from .sequence import Constraint, Sequence, Status, make_sequences, owner
@@ -100,6 +110,7 @@ class Engine:
         the engine is closed, `DeviceError` in a forked child, and the device's error after it has failed.
         """
         self._driver.check_process()
+        priority = check_how(priority, request_id, reuse_prefix, salt)
         settings = DEFAULTS if params is None else params
         ids = self.validate(prompt)
         number = next(self._numbers)
