@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,8 +53,12 @@ class MaskBlocks:
         self._free.append((block, row))
 
 
-@lru_cache(maxsize=1)
 def _executor() -> LLExecutor:
+    return _executor_of(os.getpid())
+
+
+@cache  # a forked child has none of the threads, and must not end those of its parent
+def _executor_of(pid: int) -> LLExecutor:
     from llguidance import LLExecutor
 
     return LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
