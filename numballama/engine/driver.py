@@ -360,7 +360,8 @@ def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
 def _check_reader(state: RequestState) -> None:
     """Raise `Error` if somebody else waits for the request's responses."""
     waiter = state.waiter
-    if waiter is not None and not (isinstance(waiter, tuple) and waiter[1].done()):
+    gone = isinstance(waiter, tuple) and (waiter[1].done() or waiter[0].is_closed())
+    if waiter is not None and not gone:
         raise Error(f"request {state.id} is read by two readers at the same time; let one read its responses")
 
 
