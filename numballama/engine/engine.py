@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING, overload
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..sampling import DEFAULTS, Sampled, SamplingParams
+from ..validation import check_how
 from .constraints import Advance, ConstraintWorker, mask_wait_s
 from .driver import ENGINE_CLOSED, Driver
 from .interrupts import is_interrupt
 from .pages import BlockManager
-from .request import (
-    FinishReason,
-    R,
-    Request,
-    RequestState,
-    Response,
-    TokenEvent,
-    TokenLogprobs,
-    check_how,
-    check_prompt,
-)
+from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
 from .scheduler import Run, Scheduler
 from .sequence import Constraint, Sequence, Status, make_sequences, owner

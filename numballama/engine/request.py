@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVa
 
 from ..errors import ContextError, Error
 from ..sampling import Sampled
-from ..validation import flag, whole_number
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -54,15 +53,6 @@ def check_prompt(prompt: Iterable[int], vocab_size: int, context: int, capacity:
     if len(ids) > capacity:
         raise too_long(len(ids), context, capacity)
     return ids
-
-
-def check_how(priority: object, request_id: object, reuse_prefix: object, salt: object) -> int:
-    """The priority as an int. Raises `Error` for other types: the engine could not go on for anybody."""
-    for name, value in (("request_id", request_id), ("salt", salt)):
-        if not isinstance(value, str | None):
-            raise Error(f"{name} must be a string or None, found {value!r:.200}")
-    flag("reuse_prefix", reuse_prefix)
-    return whole_number("priority", priority)
 
 
 def too_long(tokens: int, context: int, capacity: int) -> ContextError:
