@@ -115,6 +115,8 @@ class TextStream:
         if finish_reason is not None and stops.found is None:
             text += stops.push(self._decoder.flush())
             text += stops.flush()
+            if stops.found is not None:  # it has a U+FFFD, which an incomplete character has become
+                finish_reason, stop_reason = "stop", stops.found
         elapsed = now - self._started
         speed = self._count / elapsed if elapsed > 0 else 0.0  # tokens that a grammar forces come together
         self._count += 1

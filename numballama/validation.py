@@ -78,6 +78,16 @@ def require_known(what: str, names: Iterable[str], known: Iterable[str], others:
     raise Error(f"unknown {what} {shown}{hint} {', '.join(known)}")
 
 
+def check_how(priority: object, request_id: object, reuse_prefix: object, salt: object) -> int:
+    """The options of a request: its priority as an int. Raises `Error` for other types, with which the engine could not
+    go on for anybody."""
+    for name, value in (("request_id", request_id), ("salt", salt)):
+        if not isinstance(value, str | None):
+            raise Error(f"{name} must be a string or None, found {value!r:.200}")
+    flag("reuse_prefix", reuse_prefix)
+    return whole_number("priority", priority)
+
+
 # Options of `compile`
 
 _CONTEXT = "context"

@@ -97,8 +97,11 @@ class WatchedProgram:
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run and print the steps one at a time, then run them as usual."""
-        self._print_steps(tokens, begin, end)
-        self._program.run(tokens, begin, end, rows)
+        if begin:  # the run goes on from where it has stopped: steps that work in place must run once
+            self._print_steps(tokens, begin, end, rows)
+        else:
+            self._print_steps(tokens, begin, end)
+            self._program.run(tokens, begin, end, rows)
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
         """Run and print the steps one at a time, then start the run as usual."""
@@ -112,7 +115,8 @@ class WatchedProgram:
         """What the program's run sampled."""
         return self._program.collect(ticket)
 
-    def _print_steps(self, tokens: int, begin: int, end: int | None) -> None:
+    def _print_steps(self, tokens: int, begin: int, end: int | None, once_for: int = 0) -> None:
+        """Run and print the steps. `once_for`: run each of them once, for so many rows with logits."""
         steps = range(begin, len(self.graph.ops) if end is None else end)
         if not steps:
             return  # a first call that only starts the workers
@@ -122,19 +126,19 @@ class WatchedProgram:
         total = 0.0
         kernels = self.kernel_names()
         for index in steps:
-            seconds = self._seconds(tokens, index, kernels[index])
+            seconds = self._seconds(tokens, index, kernels[index], once_for)
             total += seconds
             _print(self._line(index, kernels[index], tokens, position, seconds))
         _print(f"  {total * 1e6:,.1f} µs in all, one step at a time")
 
-    def _seconds(self, tokens: int, index: int, kernel: str) -> float:
-        """Seconds of a step by the host's clock, without the work that only its first run does."""
-        if (index, kernel) not in self._warm:
+    def _seconds(self, tokens: int, index: int, kernel: str, once_for: int) -> float:
+        """Seconds of a step by the host's clock, without the work that only its first run does if it may run twice."""
+        if not once_for and (index, kernel) not in self._warm:
             self._warm.add((index, kernel))
             self._program.run(tokens, index, index + 1)
         self._backend.synchronize()
         start = time.perf_counter()
-        self._program.run(tokens, index, index + 1)
+        self._program.run(tokens, index, index + 1, once_for or 1)
         self._backend.synchronize()
         return time.perf_counter() - start
 

@@ -43,7 +43,7 @@ class Driver:
         """Held for a few instructions at a time, never during a step."""
         self._changed = threading.Condition(self.lock)
         self._listeners = 0  # threads that wait for `_changed`
-        self._stepping: int | None = None  # identity of the thread that may call `step`
+        self._stepping: list[int] | None = None  # who may call `step`: an object of its own, with its thread's identity
         self._sleeping: dict[RequestState, None] = {}  # requests whose readers sleep on a lock, in order
         self._awaiting: dict[RequestState, None] = {}  # requests whose readers await a future
         self._users = 0  # those who want the thread
@@ -72,24 +72,36 @@ class Driver:
     def wait(self, state: RequestState) -> None:
         """Return when a response of the request is there, or the request has ended. Steps the engine if nobody does."""
         self.check_process()
-        while not state.ready:
-            with DeferredInterrupt() as interrupt:
-                if self._drive(state, interrupt):
-                    return
-            self._sleep(state)
+        try:
+            while not state.ready:
+                with DeferredInterrupt() as interrupt:
+                    if self._drive(state, interrupt):
+                        return
+                self._sleep(state)
+        except BaseException:
+            if not self.forked:
+                with self.lock:
+                    self._pass_on()  # it may have been woken to step, and was interrupted before it did
+            raise
 
     def _drive(self, state: RequestState, interrupt: DeferredInterrupt) -> bool:
         """Step until the request is ready. False: another thread steps."""
-        with self.lock:
-            self._check_callback()
-            if not self._nobody_steps:
-                return state.ready
-            self._stepping = threading.get_ident()
+        me, stepping = [threading.get_ident()], False
         try:
+            with self.lock:
+                self._check_callback()
+                if not self._nobody_steps:
+                    return state.ready
+                self._stepping, stepping = me, True
             while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
                 self._step()
         finally:
-            self._stop_stepping()
+            if stepping:
+                try:
+                    self._stop_stepping(me)
+                except BaseException:  # a signal's handler has raised: nobody could step any more
+                    self._stop_stepping(me)
+                    raise
         return state.ready
 
     @property
@@ -98,7 +110,7 @@ class Driver:
         return self._stepping is None and self._thread is None and not (self.closed or self._pausing)
 
     def _check_callback(self) -> None:
-        if self._stepping == threading.get_ident():
+        if self._stepping is not None and self._stepping[0] == threading.get_ident():
             raise Error(
                 "a callback cannot wait for responses, stop or close: it runs in the thread that steps the engine"
             )
@@ -119,12 +131,13 @@ class Driver:
         finally:
             self._listeners -= 1
 
-    def _stop_stepping(self) -> None:
+    def _stop_stepping(self, me: list[int]) -> None:
         """Let another thread step. Does nothing in a forked child, which may leave a block of its parent's."""
         if self.forked:
             return
         with self.lock:
-            self._stepping = None
+            if self._stepping is me:
+                self._stepping = None
             self._pass_on()
 
     def _pass_on(self) -> None:
@@ -255,14 +268,14 @@ class Driver:
                 if self._stepping is not None or self._pausing or not self._has_work():
                     self._idle = True
                     return True
-                self._stepping = threading.get_ident()
+                self._stepping = me = [threading.get_ident()]
             try:
                 while self._has_work() and not (self._stopping or self._pausing):
                     self._step()
             except BaseException as error:
                 self._fail(error)
             finally:
-                self._stop_stepping()
+                self._stop_stepping(me)
 
     def stop(self) -> None:
         """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
@@ -307,7 +320,7 @@ class Driver:
     def paused(self) -> Iterator[None]:
         """Nobody else steps during the block."""
         self.check_process()
-        entered = False
+        me, entered = [threading.get_ident()], False
         try:
             with self.lock:
                 self._check_callback()
@@ -317,14 +330,18 @@ class Driver:
                         self._listen()
                     if self.closed:
                         raise Error(ENGINE_CLOSED)
-                    entered, self._stepping = True, threading.get_ident()
+                    self._stepping, entered = me, True
                 finally:
                     self._pausing -= 1
                     self._pass_on()  # others may have waited for the end of a pause that never came
             yield
         finally:
             if entered:
-                self._stop_stepping()
+                try:
+                    self._stop_stepping(me)
+                except BaseException:  # as in `_drive`
+                    self._stop_stepping(me)
+                    raise
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
@@ -343,16 +360,19 @@ def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
 def _check_reader(state: RequestState) -> None:
     """Raise `Error` if somebody else waits for the request's responses."""
     waiter = state.waiter
-    if waiter is not None and not (isinstance(waiter, tuple) and waiter[1].done()):
+    gone = isinstance(waiter, tuple) and (waiter[1].done() or waiter[0].is_closed())
+    if waiter is not None and not gone:
         raise Error(f"request {state.id} is read by two readers at the same time; let one read its responses")
 
 
 def _wake(sleeping: dict[RequestState, None], state: RequestState) -> None:
-    """Wake a thread that sleeps for a request's response."""
-    del sleeping[state]
-    waiter, state.waiter = state.waiter, None
+    """Wake a thread that sleeps for a request's response. It sleeps no more even if this ends after the release."""
+    waiter = state.waiter
     assert waiter is not None and not isinstance(waiter, tuple)
-    waiter.release()
+    if waiter.locked():
+        waiter.release()
+    del sleeping[state]
+    state.waiter = None
 
 
 def _resolve(futures: list[asyncio.Future[None]]) -> None:

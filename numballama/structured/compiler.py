@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -136,6 +137,17 @@ _checker = Checker()
 _compilers: weakref.WeakKeyDictionary[Tokenizer, GrammarCompiler] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _stack_lock = threading.Lock()
+
+
+def _forked() -> None:
+    """In a forked child: threads that held a lock, or were checking a grammar, do not exist in it."""
+    global _checker, _compilers, _lock, _stack_lock
+    _checker, _compilers = Checker(), weakref.WeakKeyDictionary()
+    _lock, _stack_lock = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _compiler_of(tokenizer: Tokenizer) -> GrammarCompiler:

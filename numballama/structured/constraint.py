@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,8 +53,12 @@ class MaskBlocks:
         self._free.append((block, row))
 
 
-@lru_cache(maxsize=1)
 def _executor() -> LLExecutor:
+    return _executor_of(os.getpid())
+
+
+@cache  # a forked child has none of the threads, and must not end those of its parent
+def _executor_of(pid: int) -> LLExecutor:
     from llguidance import LLExecutor
 
     return LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
@@ -192,7 +196,10 @@ class GrammarConstraint:
         if self._matcher.is_error():
             self._grammar.failed = True
             return GrammarError(f"{self._grammar.what} is too complex to follow here, or allows no further token")
-        return self._matcher.is_stopped() or self._finish_mask()
+        try:
+            return self._matcher.is_stopped() or self._finish_mask()
+        except GrammarError as error:  # others are advanced with this one
+            return error
 
     def _finish_mask(self) -> bool:
         """Allow stop tokens where the text may end. True: nothing else may come."""
@@ -208,6 +215,11 @@ class GrammarConstraint:
             words[place] |= bits
         for place, bits in () if may_end else self._text_stops:
             words[place] &= ~bits
+        if self._text_stops and not (may_end or self._mask.any()):
+            raise GrammarError(
+                f"{self._grammar.what} allows only tokens of stop_token_ids here, where the text may not end: "
+                "take them out, or stop at strings"
+            )
         return False
 
 

@@ -50,6 +50,12 @@ def test_stop_strings(scripted: Any, text: str, stop: Any, shown: str, reason: s
     assert scripted(text.encode()).generate("x", max_tokens=len(text.encode()), stop=stop) == shown
 
 
+def test_a_stop_string_that_an_incomplete_character_ends(scripted: Any) -> None:
+    """At the end of the text its bytes become U+FFFD."""
+    (first, last) = scripted(b"a\xc3").stream("x", max_tokens=2, stop="\ufffd")
+    assert (first.text, last.text) == ("a", "") and (last.finish_reason, last.stop_reason) == ("stop", "\ufffd")
+
+
 def test_stop_string_inside_one_token_and_held_text_at_eos(scripted: Any) -> None:
     story = 259 + WORDS.index(" story")
     assert scripted([story, story]).generate("x", max_tokens=9, stop="to") == " s"

@@ -61,6 +61,29 @@ def test_levels(
     assert "steps 0 to -1" not in shown.err, "a run of no steps is not printed"
 
 
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_values_of_a_run_that_stops_and_goes_on(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Steps that work in place run once: printing them changed the values after them."""
+    path, _ = save(tmp_path, "llama2c-v0")
+    found: dict[str, np.ndarray] = {}
+    for level in ("0", "3"):
+        monkeypatch.setenv(debug.VARIABLE, level)
+        with numballama.compile(path, device=device, threads=1) as model:
+            names = [f"layers.{layer}.{name}" for layer in range(2) for name in ("probabilities", "x_out", "k_cache")]
+            with model.exclusive() as session:
+                reader = model.value_reader
+                stops = [
+                    stop.rows.copy() for stop in reader.stops(session, IDS, [n for n in names if "cache" not in n])
+                ]
+            each = [*stops, *(model.values(IDS, name) for name in (*names, "logits"))]
+        for index, values in enumerate(each):
+            np.testing.assert_array_equal(found.setdefault(str(index), values), values)
+    shown = capfd.readouterr().err
+    assert re.search(r"steps [1-9]\d* to", shown), "a run goes on"
+
+
 def test_other_values_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in ("4", "yes", "-1"):
         monkeypatch.setenv(debug.VARIABLE, word)

@@ -377,6 +377,30 @@ def test_one_reader_a_request() -> None:
     assert not first.is_alive()
 
 
+def test_a_reader_whose_loop_was_closed_has_gone() -> None:
+    """Nobody cancelled the task that waits there: another loop reads on."""
+    engine, runner = make_engine()
+    gate = threading.Event()
+
+    def hold(number: int) -> None:
+        assert gate.wait(PATIENCE)
+
+    runner.before_collect = hold
+    request, loop = engine.submit([1], make_params()), asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # the task is destroyed while it waits
+    waits = request.__aiter__().__anext__()
+    loop.create_task(waits)  # type: ignore[arg-type]
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    gate.set()
+
+    async def read() -> list[int]:
+        return [event.token async for event in request]
+
+    assert asyncio.run(read()) == alone([1])
+    settle(engine, runner)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["limit", "memory"])
 def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A limit of the system is an error, and readers step themselves. Whoever wanted the thread is not counted."""

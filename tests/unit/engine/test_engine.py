@@ -111,6 +111,26 @@ def test_prompts_that_are_refused(prompt: list[Any], error: type[Error], message
         engine.submit(prompt)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": "high"}, "priority must be a whole number, found 'high'"),
+        ({"priority": None}, "priority must be a whole number, found None"),
+        ({"priority": float("nan")}, "priority must be a whole number, found nan"),
+        ({"salt": ["a"]}, r"salt must be a string or None, found \['a'\]"),
+        ({"request_id": ["a"]}, r"request_id must be a string or None, found \['a'\]"),
+        ({"reuse_prefix": "no"}, "reuse_prefix must be True or False, found 'no'"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    """They ended the engine for all requests when it compared or looked them up."""
+    engine, _ = make()
+    other = engine.submit([7], make_params())
+    with pytest.raises(Error, match=f"^{message}$"):
+        list(engine.submit(list(range(9)), make_params(), **options))
+    assert tokens_of(other) == alone([7])
+
+
 def test_a_prompt_larger_than_all_pages_is_refused() -> None:
     engine, _ = make(pages=4)
     with pytest.raises(ContextError, match=r"13 tokens and all pages of the KV cache 12; shorten it, .* kv_tokens="):

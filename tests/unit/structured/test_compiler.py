@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from numballama.errors import Error
 from numballama.structured import compile_constraint, compiler
 from numballama.structured.constraint import COPIES
 from numballama.tokenizers.base import Tokenizer
+from tests.helpers.processes import run_python
 
 pytest.importorskip("llguidance")
 
@@ -34,6 +36,32 @@ def test_without_a_grammar_there_is_no_constraint_and_no_import() -> None:
         "import numballama.model\nassert 'llguidance' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_grammars_in_a_forked_child() -> None:
+    """The threads that compute masks, and whoever held a lock, exist only in the parent."""
+    code = """
+import json, os, signal, sys
+from numballama import SamplingParams, load_tokenizer
+from numballama.structured import compile_constraint, compiler
+tokenizer = load_tokenizer(sys.argv[1])
+(a,) = tokenizer.encode_continuation(b"a")
+def accepts(regex):
+    return compile_constraint(SamplingParams(regex=regex), tokenizer)().accept(a)
+assert accepts("ab+") is False
+locks = compiler._lock, compiler._stack_lock, compiler._checker._lock, compiler._compiler_of(tokenizer)._lock
+for lock in locks:
+    lock.acquire()
+for _ in range(2):
+    compiler._checker._running.acquire()
+child = os.fork()
+if not child:
+    signal.alarm(30)  # if it hangs
+    os._exit(7 if accepts("ab+") is False and accepts("a") else 1)
+print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+    assert run_python(code, Path(numballama.__file__).parent / "story.gguf") == 7
 
 
 def test_one_grammar_is_compiled_once(story: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

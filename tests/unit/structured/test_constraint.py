@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numballama.errors import Error
 from numballama.sampling import SamplingParams
 from numballama.structured import compile_constraint
 from numballama.structured.checker import make_matcher
-from numballama.structured.constraint import BLOCK, Grammar, GrammarConstraint, MaskBlocks
+from numballama.structured.constraint import BLOCK, Grammar, GrammarConstraint, GrammarError, MaskBlocks
 from numballama.tokenizers.base import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -60,6 +61,19 @@ def test_a_text_token_that_ends_the_text_is_not_allowed_within(story: Tokenizer)
     constraint = make(story, "a(b|c)a", stops=(2, b))
     constraint.accept(a)
     assert b not in allowed(constraint) and token(story, "c") in allowed(constraint)
+
+
+def test_only_stop_tokens_where_the_text_may_not_end(story: Tokenizer) -> None:
+    """No token can be chosen there, and it is not the model's fault. Other texts go on."""
+    a, other = token(story, "a"), make(story, "ab")
+    first = allowed(other)
+    other.accept(a)
+    stuck, going = make(story, "ab", stops=(2, *allowed(other))), make(story, "ab")
+    message = "^regex allows only tokens of stop_token_ids here, where the text may not end: "
+    results = GrammarConstraint.advance([(stuck, a), (going, a)])  # type: ignore[list-item]
+    assert isinstance(results[0], GrammarError) and re.match(message, str(results[0])) and results[1] is False
+    with pytest.raises(GrammarError, match=message):
+        make(story, "ab", stops=(2, *first))
 
 
 def test_a_mask_has_the_size_of_the_models_vocabulary(story: Tokenizer) -> None:
