@@ -70,7 +70,7 @@ def load_slices(tiles, ring, x_map, first_token, weight, scales, bases, strides,
     tile.
     """
     tile, at, place, mine = s32(cuda.blockIdx.x), (0, 0), place_of(16), 2 * first + (cuda.threadIdx.x & 3)
-    started, tiles = False, s32(tiles)
+    started = False
     if cuda.threadIdx.x == CONSUMERS:
         fence_tensormap(x_map)
         prefetch_tensormap(x_map)
