@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,18 @@ def rows_to_exchange(rows: int, most: int, least: int, factor: int) -> int:
     while count < rows:
         count *= factor
     return min(count, most)
+
+
+def _read_once(plan: Plan) -> list[bool]:
+    """For each step but the last, whether only the next one reads what it computes, once."""
+    graph, consumers = plan.graph, plan.graph.consumers()
+    return [
+        all(
+            name not in graph.outputs and consumers.get(name) == [following.op] and following.op.inputs.count(name) == 1
+            for name in step.op.outputs
+        )
+        for step, following in pairwise(plan.steps)
+    ]
 
 
 def tile_rows(capability: tuple[int, int]) -> int:
@@ -217,7 +230,7 @@ class CudaProgram:
         ]
         """The launches of each step."""
         self._by_nccl = backend.by_nccl
-        joins.join(self.launches, cache(lambda count: self._constant([1.0] * count)))
+        joins.join(self.launches, _read_once(plan), cache(lambda count: self._constant([1.0] * count)))
         self.variant_starts = sorted({
             start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip

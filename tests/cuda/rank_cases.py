@@ -260,7 +260,7 @@ def sums_rounded(
                 ]  # fmt: skip
                 if of_rank is joined:
                     before = sum(map(len, steps))
-                    join(steps, ones_on(machine))
+                    join(steps, [True], ones_on(machine))
                     assert sum(map(len, steps)) == before - 1, "one kernel adds up and rounds"
                 of_rank[-1] += [launch for step in steps for launch in step]
                 results[-1].append((sums, after))

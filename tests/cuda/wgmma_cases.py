@@ -167,7 +167,7 @@ def in_pieces(machine: Any, kind: str, tokens: int) -> float:
 def joined_with(machine: Any, name: str, steps: list[list[Launch]], out: Any, tokens: int) -> np.ndarray:
     """`out` after two steps whose rounding the first one does, of which a launch is therefore left out."""
     before = [len(step) for step in steps]
-    join(steps, ones_on(machine))
+    join(steps, [True], ones_on(machine))
     assert [len(step) for step in steps] == [before[0], before[1] - 1], f"{name}: {before} launches were not joined"
     machine.execute([launch for step in steps for launch in step])
     got: np.ndarray = machine.get(out, np.float32)

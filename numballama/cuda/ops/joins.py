@@ -20,12 +20,15 @@ MANY_STORES = {kernel for width, kernel in attention.ATTENTION_WGMMA.items() if 
 """Those of prompts in which a lane would store two bytes 64 times: a prompt of Llama-2-7B was 4 % slower on an H200."""
 
 
-def join(steps: Sequence[list[Work]], ones: Callable[[int], Array]) -> None:
-    """Join the launches of all steps of a plan, in place. `ones(n)` gives n float32, all 1."""
-    for step, following in pairwise(steps):
+def join(steps: Sequence[list[Work]], read_once: Sequence[bool], ones: Callable[[int], Array]) -> None:
+    """Join the launches of all steps of a plan, in place. `read_once`: whether only the next step reads what a step
+    computes, once. `ones(n)` gives n float32, all 1.
+    """
+    for (step, following), once in zip(pairwise(steps), read_once, strict=False):
         if step and following:
             _join_sums(step, following)
-            _join_rounding(step, following, ones)
+            if once:
+                _join_rounding(step, following, ones)
 
 
 def _join_sums(step: list[Work], following: list[Work]) -> None:
@@ -45,8 +48,6 @@ def _join_sums(step: list[Work], following: list[Work]) -> None:
 def _join_rounding(step: list[Work], following: list[Work], ones: Callable[[int], Array]) -> None:
     """Where a linear layer begins by rounding what the step before it wrote, let that step write it rounded, without
     scales, where its results would be.
-
-    The plan must have no other reader of these results: fusions leave none.
     """
     found = _rounding(following[0])
     if found is None:
