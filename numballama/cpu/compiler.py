@@ -310,7 +310,7 @@ def compile_step(function: Callable[..., Any], operands: list[Any]) -> _CFunc:
     KeyboardInterrupt after the kernel.
     """
     wanted = function, tuple(operands)
-    with _steps_lock.now:
+    with _steps_lock:
         found = _steps.get(wanted)
         if found is None:
             signature = types.void(types.int64, types.int64, types.int64, *operands)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from types import TracebackType
 
 from ..errors import FORKED, DeviceError
 
 
 class ForkSafeLock:
-    """A reentrant lock. It is free in a forked child, where the thread that held it does not exist.
-
-    `with lock.now:` a method of this class would be interrupted between taking the lock and the block, by a signal's
-    handler that raises, and the lock would stay taken.
-    """
+    """A reentrant lock for `with`. It is free in a forked child, where the thread that held it does not exist."""
 
     def __init__(self) -> None:
         self._reset()
@@ -21,8 +18,23 @@ class ForkSafeLock:
             os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        self.now = threading.RLock()
-        """The lock of this process."""
+        self._lock = threading.RLock()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        """Take the lock, within `timeout` seconds if that is not negative; returns whether it was taken."""
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 _started_in: set[int] = set()

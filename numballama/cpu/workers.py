@@ -16,7 +16,7 @@ import ctypes
 import os
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -157,7 +157,7 @@ class WorkerThreads:
         workers had started.
         """
         refuse_forked()
-        with self._region.now:
+        with self._region:
             workers = min(workers, MAX_WORKERS)
             if len(self._threads) + 1 < workers:
                 self._serve.compile((types.int64, types.int64))
@@ -179,13 +179,14 @@ class WorkerThreads:
                 self._threads.append(thread)
             return workers
 
-    def region(self, workers: int) -> AbstractContextManager[object]:
-        """The lock that keeps other callers out while a job runs, for `with`. Raises `DeviceError` as `start` does, and
-        for missing threads."""
+    @contextlib.contextmanager
+    def region(self, workers: int) -> Iterator[None]:
+        """Keep other callers out while a job runs. Raises `DeviceError` as `start` does, and for missing threads."""
         refuse_forked()
-        if len(self._threads) + 1 < workers and (found := self.start(workers)) < workers:
-            raise DeviceError(f"{workers} workers are needed, the system starts only {found}: pass threads={found}")
-        return self._region.now
+        with self._region:
+            if len(self._threads) + 1 < workers and (found := self.start(workers)) < workers:
+                raise DeviceError(f"{workers} workers are needed, the system starts only {found}: pass threads={found}")
+            yield
 
     def _sleeping_place(self, worker: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
         """Addresses of the mutex and of the condition variable on which a worker sleeps."""
@@ -194,7 +195,7 @@ class WorkerThreads:
 
     def _stop(self, pid: int) -> None:
         """End the threads before Python frees their code. A thread that is busy is left to the end of the process."""
-        if os.getpid() != pid or not self._region.now.acquire(timeout=EXIT_S):
+        if os.getpid() != pid or not self._region.acquire(timeout=EXIT_S):
             return
         try:
             self._sync[JOB + STOPPED] = 1
@@ -209,4 +210,4 @@ class WorkerThreads:
                 for thread in self._threads:
                     thread.join(max(end - time.monotonic(), 0))
         finally:
-            self._region.now.release()
+            self._region.release()

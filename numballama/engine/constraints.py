@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -110,18 +110,17 @@ class ConstraintWorker:
             self._done.extend(advances)
             self._changed.notify_all()
 
-    def take(self, wait_s: float = MASK_WAIT_S) -> Iterator[Advance]:
+    def take(self, wait_s: float = MASK_WAIT_S) -> list[Advance]:
         """What is done by now. Waits up to `wait_s` seconds, but not for constraints that were slow before.
 
-        What is late once is not waited for again: a grammar that hangs delays one step, not all of them. The one that
-        an interrupted caller has in hand, and those after it, are there the next time.
+        What is late once is not waited for again: a grammar that hangs delays one step, not all of them.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._awaited, wait_s):
                 self._awaited.clear()
-        for _ in range(len(self._done)):
-            yield self._done[0]
-            self._done.popleft()
+            done = list(self._done)
+            self._done.clear()
+        return done
 
     def wait(self, timeout_s: float = IDLE_S) -> None:
         """Wait up to `timeout_s` seconds until there is something to take."""

@@ -43,7 +43,7 @@ class Driver:
         """Held for a few instructions at a time, never during a step."""
         self._changed = threading.Condition(self.lock)
         self._listeners = 0  # threads that wait for `_changed`
-        self._stepping: list[int] | None = None  # who may call `step`: an object of its own, with its thread's identity
+        self._stepping: int | None = None  # identity of the thread that may call `step`
         self._sleeping: dict[RequestState, None] = {}  # requests whose readers sleep on a lock, in order
         self._awaiting: dict[RequestState, None] = {}  # requests whose readers await a future
         self._users = 0  # those who want the thread
@@ -72,36 +72,24 @@ class Driver:
     def wait(self, state: RequestState) -> None:
         """Return when a response of the request is there, or the request has ended. Steps the engine if nobody does."""
         self.check_process()
-        try:
-            while not state.ready:
-                with DeferredInterrupt() as interrupt:
-                    if self._drive(state, interrupt):
-                        return
-                self._sleep(state)
-        except BaseException:
-            if not self.forked:
-                with self.lock:
-                    self._pass_on()  # it may have been woken to step, and was interrupted before it did
-            raise
+        while not state.ready:
+            with DeferredInterrupt() as interrupt:
+                if self._drive(state, interrupt):
+                    return
+            self._sleep(state)
 
     def _drive(self, state: RequestState, interrupt: DeferredInterrupt) -> bool:
         """Step until the request is ready. False: another thread steps."""
-        me, stepping = [threading.get_ident()], False
+        with self.lock:
+            self._check_callback()
+            if not self._nobody_steps:
+                return state.ready
+            self._stepping = threading.get_ident()
         try:
-            with self.lock:
-                self._check_callback()
-                if not self._nobody_steps:
-                    return state.ready
-                self._stepping, stepping = me, True
             while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
                 self._step()
         finally:
-            if stepping:
-                try:
-                    self._stop_stepping(me)
-                except BaseException:  # a signal's handler has raised: nobody could step any more
-                    self._stop_stepping(me)
-                    raise
+            self._stop_stepping()
         return state.ready
 
     @property
@@ -110,7 +98,7 @@ class Driver:
         return self._stepping is None and self._thread is None and not (self.closed or self._pausing)
 
     def _check_callback(self) -> None:
-        if self._stepping is not None and self._stepping[0] == threading.get_ident():
+        if self._stepping == threading.get_ident():
             raise Error(
                 "a callback cannot wait for responses, stop or close: it runs in the thread that steps the engine"
             )
@@ -131,13 +119,12 @@ class Driver:
         finally:
             self._listeners -= 1
 
-    def _stop_stepping(self, me: list[int]) -> None:
+    def _stop_stepping(self) -> None:
         """Let another thread step. Does nothing in a forked child, which may leave a block of its parent's."""
         if self.forked:
             return
         with self.lock:
-            if self._stepping is me:
-                self._stepping = None
+            self._stepping = None
             self._pass_on()
 
     def _pass_on(self) -> None:
@@ -268,14 +255,14 @@ class Driver:
                 if self._stepping is not None or self._pausing or not self._has_work():
                     self._idle = True
                     return True
-                self._stepping = me = [threading.get_ident()]
+                self._stepping = threading.get_ident()
             try:
                 while self._has_work() and not (self._stopping or self._pausing):
                     self._step()
             except BaseException as error:
                 self._fail(error)
             finally:
-                self._stop_stepping(me)
+                self._stop_stepping()
 
     def stop(self) -> None:
         """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
@@ -320,7 +307,7 @@ class Driver:
     def paused(self) -> Iterator[None]:
         """Nobody else steps during the block."""
         self.check_process()
-        me, entered = [threading.get_ident()], False
+        entered = False
         try:
             with self.lock:
                 self._check_callback()
@@ -330,18 +317,14 @@ class Driver:
                         self._listen()
                     if self.closed:
                         raise Error(ENGINE_CLOSED)
-                    self._stepping, entered = me, True
+                    entered, self._stepping = True, threading.get_ident()
                 finally:
                     self._pausing -= 1
                     self._pass_on()  # others may have waited for the end of a pause that never came
             yield
         finally:
             if entered:
-                try:
-                    self._stop_stepping(me)
-                except BaseException:  # as in `_drive`
-                    self._stop_stepping(me)
-                    raise
+                self._stop_stepping()
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
@@ -366,13 +349,11 @@ def _check_reader(state: RequestState) -> None:
 
 
 def _wake(sleeping: dict[RequestState, None], state: RequestState) -> None:
-    """Wake a thread that sleeps for a request's response. It sleeps no more even if this ends after the release."""
-    waiter = state.waiter
-    assert waiter is not None and not isinstance(waiter, tuple)
-    if waiter.locked():
-        waiter.release()
+    """Wake a thread that sleeps for a request's response."""
     del sleeping[state]
-    state.waiter = None
+    waiter, state.waiter = state.waiter, None
+    assert waiter is not None and not isinstance(waiter, tuple)
+    waiter.release()
 
 
 def _resolve(futures: list[asyncio.Future[None]]) -> None:

@@ -14,7 +14,6 @@ from ..sampling import DEFAULTS, Sampled, SamplingParams
 from ..validation import check_how
 from .constraints import Advance, ConstraintWorker, mask_wait_s
 from .driver import ENGINE_CLOSED, Driver
-from .interrupts import is_interrupt
 from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
@@ -103,8 +102,7 @@ class Engine:
         self._driver.check_process()
         priority = check_how(priority, request_id, reuse_prefix, salt)
         settings = DEFAULTS if params is None else params
-        ids = self.validate(prompt)
-        number = next(self._numbers)
+        ids, number = self.validate(prompt), next(self._numbers)
         state = RequestState(f"request-{number}" if request_id is None else request_id, process, when_read)
         room = self.capacity - len(ids) + 1
         most = room if settings.max_tokens is None else min(settings.max_tokens, room)
@@ -215,8 +213,11 @@ class Engine:
             try:
                 while self._runs:
                     self._collect()
-            except BaseException as error:
-                self._recover() if is_interrupt(error) else self._fail(error)
+            except Exception as error:
+                self._fail(error)
+                raise
+            except BaseException:
+                self._recover()
                 raise
             finally:
                 self._wake()
@@ -270,11 +271,11 @@ class Engine:
                 self._constraints.wait()
             elif self._requests and not (self._inbox or self._cancelled):
                 raise Error(f"the scheduler plans nothing for {list(self._requests)}: {self.stats()}")
-        except BaseException as error:
-            if is_interrupt(error):
-                self._recover()
-                raise
+        except Exception as error:
             self._fail(error)
+        except BaseException:
+            self._recover()
+            raise
         finally:
             self._wake()
 
@@ -363,7 +364,6 @@ class Engine:
             sequence, result = advance.sequence, advance.result
             sequence.advancing = False
             if sequence.status is Status.FINISHED:
-                self._constraints.forget(advance.constraint)
                 continue
             state = self._handling = owner(sequence)
             if isinstance(result, Exception):

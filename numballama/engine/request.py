@@ -275,8 +275,6 @@ class Request(Generic[R]):
         await self._engine.pause(self._state, future)
 
     def __del__(self) -> None:
-        if not hasattr(self, "_state"):
-            return  # a signal's handler has raised before it was there
         self.cancel()  # takes no lock, so it is safe wherever the garbage collector runs
         if self._state.done:
             self._state.sequences = []  # they refer to it: without the cycle both are freed now

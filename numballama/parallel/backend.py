@@ -155,7 +155,7 @@ class RankThreads:
                 self._stop()
                 return None
 
-        with interrupts.deferred(), _one_model.now:  # Ctrl-C between two calls would leave a rank waiting
+        with interrupts.deferred(), _one_model:  # Ctrl-C between two calls would leave a rank waiting
             futures: list[Future[object]] = []
 
             def all_ranks() -> object:

@@ -346,7 +346,9 @@ def main(arguments: Sequence[str]) -> int:
     machine_of = (lambda tokens: Emulated((9, 0), tokens, wgmma=True)) if arguments else machine_maker(())
     with mock.patch.multiple(skinny, MOST=1), mock.patch.multiple(wide, MOST=1):
         failed = check_all(machine_of, cases() + (small_cases() if arguments else large_cases()))
-    return len(failed | check_all(machine_of, joined_cases()))
+    # emulated: other types have the same code, and take as long to compile
+    joined = [case for case in joined_cases() if not arguments or "linear bf16" not in case[0]]
+    return len(failed | check_all(machine_of, joined))
 
 
 if __name__ == "__main__":

@@ -223,12 +223,15 @@ def test_what_runs_as_another_type_is_noted(tmp_path: Path) -> None:
     WRITERS["gguf"](path, config, mixed_weights(config, MIXTURES["converted"]))
     inspected = numballama.inspect(path)
     assert inspected.notes == [
-        "Q5_0 (tok_embeddings and 7 more) runs as q8_0, with the same values: a copy of 434.6 KiB",
+        "Q5_0 (tok_embeddings and 5 more) runs as q8_0, with the same values: a copy of 298.6 KiB",
         "Q5_1 (layers.0.wk and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
-        "Q2_K (layers.0.wv and 3 more) runs as f16, rounded: a copy of 384.0 KiB",
+        "Q2_K (layers.0.wv and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
         "Q3_K (layers.0.w1 and 1 more) runs as q6_k, with the same values: a copy of 105.0 KiB",
+        "IQ4_NL (layers.0.wo and 1 more) runs as q8_0, with the same values: a copy of 136.0 KiB",
+        "IQ4_XS (layers.0.w3 and 1 more) runs as q8_0, rounded: a copy of 136.0 KiB",
     ]
-    assert inspected.tensors["layers.0.w3"] == ("q2_k", (256, 256))
+    assert inspected.tensors["layers.0.w3"] == ("iq4_xs", (256, 256))
+    assert inspected.tensors["layers.0.wv"] == ("q2_k", (256, 256))
     assert "linear" in str(inspected.plan)
     with numballama.compile(path, threads=1, dtype="q4_0") as model:  # asked for: instead of what it would run as
         assert {w.type.name for n, w in model.weights.items() if n.startswith("layers.0.w")} == {"q4_0"}

@@ -32,12 +32,12 @@ def test_a_lock_that_another_thread_held_is_free_in_the_child() -> None:
     lock, held, done = ForkSafeLock(), threading.Event(), threading.Event()
 
     def hold() -> None:
-        with lock.now:
+        with lock:
             held.set()
             done.wait(30)
 
     def take() -> int:
-        with lock.now, lock.now:  # twice: it is reentrant
+        with lock, lock:  # twice: it is reentrant
             return 7
 
     thread = threading.Thread(target=hold)

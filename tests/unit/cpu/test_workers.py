@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
-from numballama.cpu import fork, workers
+from numballama.cpu import workers
 from numballama.cpu.compiler import compile_step
 from numballama.cpu.executor import (
     ADDRESS,
@@ -32,7 +30,6 @@ from numballama.cpu.executor import (
 from numballama.cpu.workers import ASLEEP, BARRIER, ERRORS, FIRST_WORKER, JOB, MAIL, WORKER_SIZE, WorkerThreads
 from numballama.errors import DeviceError
 from tests.helpers.processes import run_python
-from tests.helpers.timeouts import LateError, late_at
 
 pytestmark = pytest.mark.slow
 
@@ -152,30 +149,6 @@ def test_a_system_that_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -
     own._stop(workers.os.getpid())
     for thread in started:
         assert not thread.is_alive()
-
-
-def test_a_timeout_where_the_lock_is_taken_leaves_it_free() -> None:
-    """A signal's handler that raises, at any place where Python calls one: no other thread waits for ever."""
-    own, late_ones = WorkerThreads(serve), 0
-    own.start(2)
-    for nth in range(10):
-        try:
-            with late_at(nth, {workers.__file__, fork.__file__, contextlib.__file__}), own.region(2):
-                pass
-        except LateError:
-            late_ones += 1
-        taken: list[bool] = []
-
-        def take() -> None:
-            with own.region(2):
-                taken.append(True)  # noqa: B023
-
-        thread = threading.Thread(target=take, daemon=True)
-        thread.start()
-        thread.join(10)
-        assert taken == [True], nth
-    assert late_ones > 1
-    own._stop(os.getpid())
 
 
 @pytest.mark.parametrize("state", ["asleep", "polling"])

@@ -10,16 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from numballama.engine import driver as driver_module
-from numballama.engine import interrupts as interrupts_module
 from numballama.engine.request import TokenEvent
 from numballama.errors import Error
 from tests.helpers.driven_engine import PATIENCE, alone, make_engine, settle, wait_until
 from tests.helpers.fake_runner import make_params, tokens_of
-from tests.helpers.timeouts import LateError, late, late_at
-
-DRIVING = {driver_module.__file__, interrupts_module.__file__}
-"""Files whose functions a timeout tears."""
 
 
 @contextlib.contextmanager
@@ -165,81 +159,3 @@ def test_an_exit_in_a_callback_ends_an_engine_with_a_thread() -> None:
     with pytest.raises(SystemExit):
         list(inline.submit([1], make_params(), process=leave))
     assert tokens_of(other) == alone([2])
-
-
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_timeout_while_this_thread_steps(lookahead: int) -> None:
-    """A SIGALRM handler that raises: the caller's request ends with it, the others go on. The device has not failed."""
-    engine, runner = make_engine(lookahead=lookahead)
-    runner.before_collect = lambda number: signal.raise_signal(signal.SIGALRM) if number == 3 else None
-    before = signal.signal(signal.SIGALRM, late)
-    try:
-        own, other = engine.submit([1], make_params(max_tokens=30)), engine.submit([2] * 9, make_params())
-        with pytest.raises(LateError):
-            list(own)
-        reader = iter(other)
-        read = [next(reader).token for _ in range(6)]
-        if lookahead:  # a run of `other` is in flight
-            runner.before_collect = lambda number: signal.raise_signal(signal.SIGALRM)
-            with pytest.raises(LateError), engine.exclusive():
-                pass
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        runner.before_collect = lambda number: None
-    assert list(own) == [] and read + [event.token for event in reader] == alone([2] * 9)
-    assert engine.stats().failure is None
-    settle(engine, runner)
-
-
-def test_a_timeout_at_any_place_lets_others_step() -> None:
-    """Also where the driver takes note of who steps: no reader waits for somebody who has gone."""
-    late_ones = 0
-    for nth in range(60):
-        engine, runner = make_engine()
-        own, other = iter(engine.submit([1], make_params(max_tokens=2))), engine.submit([2] * 9, make_params())
-        try:
-            with late_at(nth, DRIVING):
-                list(own)
-        except LateError:
-            late_ones += 1
-        read: list[list[int]] = []
-        reader = threading.Thread(target=lambda: read.append(tokens_of(other)), daemon=True)  # noqa: B023
-        reader.start()
-        reader.join(10)
-        assert read == [alone([2] * 9)], nth
-        settle(engine, runner)
-    assert late_ones > 20
-
-
-def test_a_timeout_of_a_sleeper_lets_another_step() -> None:
-    """This thread and then another one sleep. The one who steps wakes this thread, which steps no more."""
-    late_ones = 0
-    for nth in range(60):
-        engine, runner = make_engine(max_tokens=8, max_sequences=4, pages=60, pages_per_sequence=30)
-        sleeping, gone = engine._driver._sleeping, threading.Event()
-        stepped, other = engine.submit([1], make_params(max_tokens=1)), engine.submit([2] * 9, make_params())
-        own = engine.submit([3] * 100, make_params())
-        read: list[list[int]] = []
-        sleeper = threading.Thread(target=lambda: read.append(tokens_of(other)), daemon=True)  # noqa: B023
-        stepper = threading.Thread(target=lambda: tokens_of(stepped), daemon=True)  # noqa: B023
-
-        def hold(number: int) -> None:
-            if not number:
-                wait_until(lambda: gone.is_set() or own._state in sleeping)  # noqa: B023
-                sleeper.start()  # noqa: B023
-                wait_until(lambda: other._state in sleeping)  # noqa: B023
-
-        runner.before_collect = hold
-        stepper.start()
-        wait_until(lambda: engine._driver._stepping)  # noqa: B023
-        try:
-            with late_at(nth, DRIVING):
-                next(iter(own))
-        except LateError:
-            late_ones += 1
-        gone.set()
-        stepper.join(10)
-        sleeper.join(10)
-        assert read == [alone([2] * 9)], nth
-        settle(engine, runner)
-    assert late_ones > 20

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from numballama.engine.interrupts import DeferredInterrupt, is_interrupt
-from tests.helpers.timeouts import LateError, late
+from numballama.engine.interrupts import DeferredInterrupt
 
 
 @pytest.fixture(autouse=True)
@@ -79,48 +77,3 @@ def test_other_threads_do_not_touch_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
-
-
-def test_a_handler_that_has_stayed_defers_nothing() -> None:
-    """Another signal's handler has raised while the block began: it has no end."""
-    stayed = DeferredInterrupt()
-
-    def begin() -> None:
-        stayed.__enter__()
-
-    begin()
-    with pytest.raises(KeyboardInterrupt):
-        press()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize("where", ["handler", "method", "any arguments", "helper"])
-def test_what_a_signal_handler_raises_is_an_interrupt(where: str) -> None:
-    def raise_it() -> None:
-        raise TimeoutError
-
-    class Timer:
-        def handle(self, number: int, frame: object) -> None:
-            raise TimeoutError
-
-    handlers: dict[str, Callable[..., None]] = {
-        "handler": late,
-        "method": Timer().handle,
-        "any arguments": lambda *_: raise_it(),
-        "helper": lambda number, frame: raise_it(),
-    }
-    before = signal.signal(signal.SIGALRM, handlers[where])
-    try:
-        with pytest.raises((LateError, TimeoutError)) as caught:
-            signal.raise_signal(signal.SIGALRM)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert is_interrupt(caught.value)
-
-
-def test_what_is_no_interrupt() -> None:
-    assert is_interrupt(KeyboardInterrupt()) and is_interrupt(SystemExit())
-    for call in (lambda: 1 // 0, lambda: int("x"), lambda: late(14, sys._getframe(1))):
-        with pytest.raises((ArithmeticError, ValueError, LateError)) as caught:
-            call()
-        assert not is_interrupt(caught.value)
