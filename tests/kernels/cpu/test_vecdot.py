@@ -231,7 +231,7 @@ def test_what_runs_as_another_type_is_noted(tmp_path: Path) -> None:
         "IQ4_XS (layers.0.w3 and 1 more) runs as q8_0, rounded: a copy of 136.0 KiB",
     ]
     assert inspected.tensors["layers.0.w3"] == ("iq4_xs", (256, 256))
-    assert inspected.tensors["layers.0.wv"] == ("q2_k", (256, 256))
+    assert inspected.tensors["layers.0.wv"] == ("q2_k", (128, 256))
     assert "linear" in str(inspected.plan)
     with numballama.compile(path, threads=1, dtype="q4_0") as model:  # asked for: instead of what it would run as
         assert {w.type.name for n, w in model.weights.items() if n.startswith("layers.0.w")} == {"q4_0"}
