@@ -116,7 +116,7 @@ class WatchedProgram:
         return self._program.collect(ticket)
 
     def _print_steps(self, tokens: int, begin: int, end: int | None, once_for: int = 0) -> None:
-        """Run and print the steps. `once_for`: run each of them once, for so many rows with logits."""
+        """Run and print the steps. `once_for`: rows with logits of a run whose steps may run only once; else 0."""
         steps = range(begin, len(self.graph.ops) if end is None else end)
         if not steps:
             return  # a first call that only starts the workers

@@ -193,7 +193,7 @@ def test_a_model_of_many_sequences_again_and_again_by_nccl(tmp_path: Path, by_nc
 
 
 def check_end(model: Model, params: SamplingParams, how: signal.Signals, within_s: float) -> None:
-    """A signal to rank 1 ends every request with an error within so many seconds, and no process is left."""
+    """A signal to rank 1 ends every request with an error within `within_s` seconds, and no process is left."""
     (process,) = processes_of(model)
     requests = [iter(model.token_engine.submit(prompt, params)) for prompt in prompts(6)]
     next(requests[0])
